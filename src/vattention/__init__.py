@@ -1,0 +1,1 @@
+"""vattention: an LLM serving engine whose KV cache is contiguous in virtual memory."""

@@ -1,0 +1,80 @@
+"""The engine's options: written once here, read by `LLM`, the command line and the server. A leaf."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from vattention.errors import ConfigError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def parse_nbytes(text: str | int) -> int:
+    """Bytes from 4096, "512MiB", "4GiB" or "4GB".
+
+    Raises:
+        ConfigError: the text is no positive size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", str(text).upper())
+    nbytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if nbytes <= 0:
+        raise ConfigError(f"{text!r} is not a size; write bytes, or a number with KiB, MiB or GiB")
+    return nbytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of the engine.
+
+    Attributes:
+        model: "demo", a Hugging Face id, a local folder, or a GGUF file.
+        tokenizer: a Hugging Face id or folder; the model's own by default.
+        dtype: of weights and KV cache; "auto" takes the checkpoint's.
+        max_model_len: longest prompt plus output in tokens; by default the model's own limit.
+        max_num_seqs: most sequences that run at the same time, which is the number of slots.
+        max_num_batched_tokens: most tokens in one forward pass; longer prompts are computed in chunks.
+        max_queue: most requests waiting beside those running; the server answers 429 beyond it.
+        enable_prefix_caching: share the pages of common prefixes.
+        kv: the KV cache's memory manager.
+        kv_memory: most physical memory for the KV cache, such as "4GiB"; by default what this machine has to
+            spare, read again every second.
+        kv_layout: "per-layer" rows for each layer's K and V, or "sliced" with a token's whole K and V together.
+        page_size: bytes of a page; by default the system's smallest.
+        attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
+        seed: seed of requests that bring none.
+        trust_remote_code: run Python code that comes with the model.
+        skip_tokenizer_init: serve token ids only, without a tokenizer.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    max_queue: int = 1024
+    enable_prefix_caching: bool = False
+    kv: Literal["virtual"] = "virtual"
+    kv_memory: str | int | None = None
+    kv_layout: Literal["per-layer", "sliced"] = "per-layer"
+    page_size: str | int | None = None
+    attention: str = "auto"
+    seed: int = 0
+    trust_remote_code: bool = False
+    skip_tokenizer_init: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"max_model_len must be at least 1, not {self.max_model_len}")
+        if self.kv != "virtual":
+            raise ConfigError(f"kv={self.kv!r} is not known; this version has kv='virtual'")
+        if self.enable_prefix_caching:
+            raise ConfigError("enable_prefix_caching=True is not there yet; this version computes every prompt")
+        for name in ("kv_memory", "page_size"):
+            if getattr(self, name) is not None:
+                parse_nbytes(getattr(self, name))

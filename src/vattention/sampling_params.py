@@ -1,0 +1,106 @@
+"""How the tokens of one request are chosen: vLLM's `SamplingParams`, checked on construction. A leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vattention.errors import RequestError
+
+MAX_LOGPROBS = 20
+"""The most alternatives per token that may be asked for, as in OpenAI's chat API."""
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this mean greedy decoding, as in vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Sampling parameters with vLLM's names, meanings and defaults.
+
+    Attributes:
+        n: samples per prompt.
+        temperature: 0 for greedy decoding.
+        top_p: sample from the smallest set of tokens whose probabilities sum to at least this; 1 for all.
+        top_k: sample from this many likeliest tokens; 0 or -1 for all.
+        min_p: drop tokens less likely than this share of the likeliest one's probability.
+        seed: makes the samples reproducible; None draws a seed from the engine's.
+        stop: strings that end the text.
+        stop_token_ids: tokens that end it, besides the model's end tokens.
+        include_stop_str_in_output: keep the stop string in the text.
+        ignore_eos: go on past the model's end tokens.
+        max_tokens: most tokens to generate; None for as many as the context holds.
+        min_tokens: end and stop tokens are impossible before this many.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens already generated: once, and
+            once per occurrence.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        logit_bias: token id to a number added to its logit.
+        logprobs: alternatives to report per generated token; 0 reports the chosen one only, None nothing.
+        prompt_logprobs: the same for the prompt's tokens.
+        skip_special_tokens: leave special tokens out of the text.
+
+    Raises:
+        RequestError: a value is out of range; `param` names it.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        self._check("n", self.n >= 1, "at least 1")
+        self._check("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
+        self._check("top_k", self.top_k >= -1, "-1 or 0 for all tokens, or at least 1")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
+        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "0 or more")
+        self._check(
+            "min_tokens",
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"at most max_tokens, which is {self.max_tokens}",
+        )
+        self._check("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "in [-2, 2]")
+        self._check("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, "in [-2, 2]")
+        self._check("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0")
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"in 0 to {MAX_LOGPROBS}")
+        self._check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        self._check(
+            "logit_bias",
+            all(k >= 0 and -100.0 <= v <= 100.0 for k, v in self.logit_bias.items()),
+            "token ids with numbers in [-100, 100]",
+        )
+
+    def _check(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise RequestError(f"{name} must be {wanted}, not {getattr(self, name)!r}", param=name)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop`, always as a tuple."""
+        return tuple(self.stop)
