@@ -1,1 +1,43 @@
 """vattention: an LLM serving engine whose KV cache is contiguous in virtual memory."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vattention.config import EngineConfig
+    from vattention.engine.async_engine import AsyncEngine
+    from vattention.llm import LLM
+    from vattention.outputs import CompletionOutput, RequestOutput
+    from vattention.sampling_params import SamplingParams
+    from vattention.virtual_cache import VirtualCache
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AsyncEngine": "vattention.engine.async_engine",
+    "CompletionOutput": "vattention.outputs",
+    "EngineConfig": "vattention.config",
+    "LLM": "vattention.llm",
+    "RequestOutput": "vattention.outputs",
+    "SamplingParams": "vattention.sampling_params",
+    "VirtualCache": "vattention.virtual_cache",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "VirtualCache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `import vattention` and the command line's help do not load torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vattention' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -118,8 +118,21 @@ class KVManager(Protocol):
         """Change the most physical memory to use; warm memory above it goes back at once."""
         ...
 
+    def refresh_limit(self) -> None:
+        """Follow what the machine can spare now; does nothing where the limit was fixed."""
+        ...
+
     def fits(self, num_tokens: int) -> bool:
         """Whether one sequence of so many tokens would fit if it were alone."""
+        ...
+
+    def has_room(self, num_tokens: int) -> bool:
+        """Whether one more sequence of so many tokens would fit now, beside those that run."""
+        ...
+
+    @property
+    def excess_nbytes(self) -> int:
+        """Memory of running sequences above a limit that has fallen; 0 while they fit."""
         ...
 
     def layer(self, index: int) -> LayerView: ...

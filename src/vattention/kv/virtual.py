@@ -1,7 +1,8 @@
 """The manager this project exists for: contiguous slots in virtual memory, pages mapped as tokens arrive.
 
 After vAttention (arXiv 2405.04437): a slot per running sequence (section 5), memory mapped ahead of the iteration
-that needs it (section 6.1), released slots kept warm and taken back only under pressure (deferred reclamation, section 6.1.2).
+that needs it, released slots kept warm and taken back only under pressure (section 6.1: overlapping allocation
+with compute, deferred reclamation).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class VirtualManager:
         driver: owned from now on: `close` closes it.
         layout: where each token lies; its page size is the driver's.
         dtype: of keys and values.
-        limit_nbytes: most physical memory to use.
+        limit_nbytes: most physical memory to use; None to follow what the machine can spare.
         background: map ahead on a thread of its own; without it `prefetch` does nothing.
     """
 
@@ -40,12 +41,15 @@ class VirtualManager:
         layout: Layout,
         *,
         dtype: torch.dtype,
-        limit_nbytes: int,
+        limit_nbytes: int | None,
         background: bool = True,
     ) -> None:
         self._driver = driver
         self._layout = layout
-        self._pool = PagePool(driver, limit_nbytes)
+        self._follows_machine = limit_nbytes is None
+        self._pool = PagePool(
+            driver, driver.memory_info().available_nbytes if limit_nbytes is None else limit_nbytes
+        )
         self._region = Region(driver, self._pool, layout.nbytes)
         self._table = SlotTable.of(layout.num_slots, len(layout.groups))
         self._lock = threading.Lock()
@@ -117,6 +121,7 @@ class VirtualManager:
                     self._unmap(group.pages(slot, extent.first, extent.last))
                     extent.first = extent.last = 0
             self._table.release(record)
+            self._reclaim(self.excess_nbytes)
 
     def drop_warm(self) -> None:
         with self._lock:
@@ -126,14 +131,26 @@ class VirtualManager:
     def set_limit(self, nbytes: int) -> None:
         with self._lock:
             self._pool.limit_nbytes = nbytes
-            if self._pool.headroom_nbytes < 0:
-                self._reclaim(-self._pool.headroom_nbytes)
+            self._reclaim(self.excess_nbytes)
+
+    def refresh_limit(self) -> None:
+        if self._follows_machine:
+            available = self._driver.memory_info().available_nbytes
+            self.set_limit(self._pool.in_use_nbytes + self._pool.idle_nbytes + available)
 
     def fits(self, num_tokens: int) -> bool:
-        pages = sum(
-            group.num_pages(group.first_needed(num_tokens - 1), num_tokens) for group in self._layout.groups
-        )
-        return num_tokens <= self.max_len and pages * self._layout.page_nbytes <= self._pool.limit_nbytes
+        return num_tokens <= self.max_len and self._nbytes(num_tokens) <= self._pool.limit_nbytes
+
+    def has_room(self, num_tokens: int) -> bool:
+        with self._lock:
+            if self._table.num_free == 0:
+                return False
+            live = self._pool.in_use_nbytes - self._warm_nbytes()
+            return live + self._nbytes(num_tokens) <= self._pool.limit_nbytes
+
+    @property
+    def excess_nbytes(self) -> int:
+        return max(-self._pool.headroom_nbytes, 0)
 
     def accounts(self) -> Accounts:
         with self._lock:
@@ -163,6 +180,20 @@ class VirtualManager:
             self._region.close()
             self._pool.release_idle()
             self._driver.close()
+
+    def _nbytes(self, num_tokens: int) -> int:
+        """Memory of one sequence of so many tokens, about to compute its last."""
+        return self._layout.page_nbytes * sum(
+            group.num_pages(group.first_needed(num_tokens - 1), num_tokens) for group in self._layout.groups
+        )
+
+    def _warm_nbytes(self) -> int:
+        """Memory behind released slots."""
+        return self._layout.page_nbytes * sum(
+            group.num_pages(extent.first, extent.last)
+            for record in self._table.warm()
+            for group, extent in zip(self._layout.groups, record.extents, strict=True)
+        )
 
     def _live(self, slot: int) -> Slot:
         record = self._table.slots[slot]

@@ -1,0 +1,229 @@
+"""The engine: requests in, outputs out, one forward pass a step. Single-threaded; `AsyncEngine` gives it a thread.
+
+A step::
+
+    schedule ─► (map ahead) ─► forward ─► sample ─► advance
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from vattention.config import EngineConfig
+from vattention.core import Prompt
+from vattention.engine.build import Parts, build
+from vattention.engine.intake import Intake
+from vattention.engine.request import Request
+from vattention.engine.scheduler import Plan, Scheduler
+from vattention.engine.sequence import Sequence
+from vattention.engine.stats import EngineStatistics, Stats, StatsListener
+from vattention.kv.manager import KVManager
+from vattention.model.sampler import prompt_logprobs, sample
+from vattention.model.tokenizer import Tokenizer
+from vattention.outputs import RequestOutput
+from vattention.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+LIMIT_REFRESH_S = 1.0
+"""How often the memory limit follows what the machine can spare."""
+
+MAX_LOGITS_NUMBERS = 2**26
+"""Most logits held at once for prompt logprobs; longer chunks are cut."""
+
+
+class LLMEngine:
+    """Serves requests on one model. Build it with `from_config`, or from ready parts."""
+
+    def __init__(self, config: EngineConfig, parts: Parts) -> None:
+        self.config = config
+        self._parts = parts
+        self._intake = Intake(config, parts)
+        self._scheduler = Scheduler(
+            parts.manager,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_logit_rows=max(1, MAX_LOGITS_NUMBERS // parts.vocab_size),
+        )
+        self._requests: dict[str, Request] = {}
+        self._stats = Stats()
+        self._limit_read_at = time.monotonic()
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLMEngine:
+        """Load the model, reserve the cache, and verify that the model computes the same through it.
+
+        Raises:
+            ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say.
+        """
+        return cls(config, build(config))
+
+    @property
+    def manager(self) -> KVManager:
+        return self._parts.manager
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self._parts.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        return self._parts.name
+
+    @property
+    def max_model_len(self) -> int:
+        return self._parts.max_model_len
+
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """Sampling parameters that the model's makers recommend."""
+        return self._parts.default_sampling
+
+    def add_listener(self, listener: StatsListener) -> None:
+        """Have `listener` told of every step and every finished request, on the engine's thread."""
+        self._stats.listeners.append(listener)
+
+    def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
+        """Check and tokenize a request without starting it. Any thread may call this.
+
+        Raises:
+            RequestError: the request cannot be served as it is.
+        """
+        return self._intake.request(request_id, prompt, params, priority)
+
+    def start(self, request: Request) -> None:
+        """Queue a prepared request."""
+        self._requests[request.id] = request
+        for sequence in request.sequences:
+            self._scheduler.add(sequence)
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
+        """Check, tokenize and queue a request."""
+        self.start(self.prepare(request_id, prompt, params, priority))
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request and free its memory at once. An unknown id is no error: it may just have ended."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end([s for s in request.sequences if s.finish_reason is None], "abort")
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one forward pass and return the requests it moved on."""
+        started = time.monotonic()
+        if started - self._limit_read_at >= LIMIT_REFRESH_S:
+            self._limit_read_at = started
+            self.manager.refresh_limit()
+        plan = self._scheduler.schedule()
+        moved = self._fail(plan)
+        if plan.chunks:
+            self._map_ahead(plan)
+            moved += self._compute(plan)
+        self._stats.step(plan, moved, started, self.statistics())
+        return [request.output() for request in dict.fromkeys(s.request for s in moved)]
+
+    def statistics(self) -> EngineStatistics:
+        """Queue lengths and memory now. Any thread may call this."""
+        return EngineStatistics(
+            num_running=len(self._scheduler.running),
+            num_waiting=self._scheduler.num_waiting,
+            num_slots=self.manager.num_slots,
+            accounts=self.manager.accounts(),
+        )
+
+    def close(self) -> None:
+        """Give all memory back; the engine cannot be used any more."""
+        self._parts.runner.close()
+        self.manager.close()
+
+    def _map_ahead(self, plan: Plan) -> None:
+        """Let the mapper provide for the step after this one: a token, or a prompt's next chunk, per sequence."""
+        wants = []
+        for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
+            remaining = sequence.num_tokens - chunk.end
+            count = min(max(remaining, 1), self.config.max_num_batched_tokens)
+            if chunk.end + count <= self.max_model_len:
+                wants.append((chunk.slot, chunk.end, chunk.end + count))
+        self.manager.prefetch(wants)
+
+    def _compute(self, plan: Plan) -> list[Sequence]:
+        """Forward, sample, and give each sequence its token; returns the sequences that moved."""
+        sampling: list[Sequence] = []
+        rows: list[int] = []
+        try:
+            logits = self._parts.runner.forward(plan.chunks)
+            end = 0
+            for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
+                begin, end = end, end + chunk.num_logits
+                if chunk.num_logits > 1 or (chunk.num_logits and chunk.end < sequence.num_tokens):
+                    self._report_prompt(sequence, chunk.start, logits[begin:end])
+                if chunk.end == sequence.num_tokens:
+                    sampling.append(sequence)
+                    rows.append(end - 1)
+            chosen = sample(
+                logits if len(rows) == len(logits) else logits[rows], [s.sample_row() for s in sampling]
+            )
+        except Exception as error:
+            logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
+            return self._end(plan.sequences, "error", error)
+        now = time.monotonic()
+        for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
+            sequence.num_computed = chunk.end
+            if sequence.request.metrics.first_scheduled_time is None:
+                sequence.request.metrics.first_scheduled_time = now
+        for sequence, token in zip(sampling, chosen, strict=True):
+            if token.error is not None:
+                self._end([sequence], "error", token.error)
+                continue
+            metrics = sequence.request.metrics
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+            sequence.append(token)
+        self._retire([s for s in sampling if s.finish_reason is not None and s.slot is not None])
+        return sampling
+
+    def _report_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """Row i of `logits` foretells the prompt's token start + i + 1."""
+        request = sequence.request
+        if request.params.prompt_logprobs is None or sequence.index != 0:
+            return
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = [None]
+        known = len(request.prompt_logprobs)
+        tokens = request.prompt_token_ids[known : start + len(logits) + 1]
+        if tokens:
+            first = known - 1 - start
+            report = prompt_logprobs(logits[first : first + len(tokens)], tokens, request.params.prompt_logprobs)
+            request.prompt_logprobs.extend(report)
+
+    def _fail(self, plan: Plan) -> list[Sequence]:
+        for sequence, error in plan.failed:
+            self._end([sequence], "error", error)
+        for sequence in plan.preempted:
+            sequence.request.metrics.num_preemptions += 1
+        return [sequence for sequence, _ in plan.failed]
+
+    def _end(self, sequences: list[Sequence], reason: str, error: Exception | None = None) -> list[Sequence]:
+        """Finish sequences before their time."""
+        for sequence in sequences:
+            sequence.finish(reason)
+            if error is not None:
+                sequence.request.error = error
+        self._retire(sequences)
+        return sequences
+
+    def _retire(self, sequences: Iterable[Sequence]) -> None:
+        """Release finished sequences, and requests with the last of their sequences."""
+        for sequence in sequences:
+            self._scheduler.remove(sequence)
+            request = sequence.request
+            if request.finished:
+                request.metrics.finished_time = time.monotonic()
+                del self._requests[request.id]
+                self._stats.finished(request)

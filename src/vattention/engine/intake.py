@@ -1,0 +1,101 @@
+"""Where a request enters: its prompt becomes token ids, its parameters are held against the model."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+
+from vattention.config import EngineConfig
+from vattention.core import Prompt
+from vattention.engine.build import Parts
+from vattention.engine.request import Request
+from vattention.engine.sequence import Sequence
+from vattention.engine.text import TextStream
+from vattention.errors import ContextLengthError, RequestError
+from vattention.model.sampler import validate
+from vattention.outputs import RequestMetrics
+from vattention.sampling_params import SamplingParams
+
+
+class Intake:
+    """Turns prompts and parameters into `Request`s. Thread-safe."""
+
+    def __init__(self, config: EngineConfig, parts: Parts) -> None:
+        self._seed = config.seed
+        self._parts = parts
+        self._arrivals = itertools.count()
+
+    def request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
+        """Check everything that can be wrong about a request.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for a token.
+            RequestError: anything else that cannot be served.
+        """
+        text, token_ids = self._tokenize(prompt)
+        validate(params, self._parts.vocab_size)
+        if params.stop_strings and self._parts.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this engine serves token ids only", param="stop")
+        room = self._parts.max_model_len - len(token_ids)
+        if room < 1:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids):,} tokens, and this model's context of "
+                f"{self._parts.max_model_len:,} tokens must hold it and at least one more"
+            )
+        arrival = next(self._arrivals)
+        request = Request(
+            id=request_id,
+            text=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            priority=priority,
+            arrival=arrival,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            end_token_ids=self._parts.end_token_ids,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+        )
+        seed = _seed(self._seed, arrival) if params.seed is None else params.seed
+        request.sequences = [
+            Sequence(request, index, seed + index, self._text(token_ids, params)) for index in range(params.n)
+        ]
+        return request
+
+    def _text(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
+        if self._parts.tokenizer is None:
+            return None
+        return TextStream(self._parts.tokenizer, token_ids, params)
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            text, token_ids = prompt, None
+        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
+            text, token_ids = None, prompt["prompt_token_ids"]
+        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
+            text, token_ids = str(prompt["prompt"]), None
+        else:
+            raise RequestError(
+                'a prompt is a text, {"prompt": text} or {"prompt_token_ids": [...]}, '
+                f"not {type(prompt).__name__}",
+                param="prompt",
+            )
+        if token_ids is None:
+            if self._parts.tokenizer is None:
+                raise RequestError("this engine has no tokenizer: send prompt_token_ids", param="prompt")
+            token_ids = self._parts.tokenizer.encode(text or "")
+        token_ids = list(token_ids)
+        if not token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
+        wrong = next((t for t in token_ids if type(t) is not int or not 0 <= t < self._parts.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(
+                f"{wrong!r} is not a token id of this model: they run from 0 to {self._parts.vocab_size - 1}",
+                param="prompt",
+            )
+        return text, token_ids
+
+
+def _seed(engine_seed: int, arrival: int) -> int:
+    """A seed for a request that brought none, the same in every run with the same engine seed."""
+    digest = hashlib.blake2b(f"{engine_seed}:{arrival}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest)

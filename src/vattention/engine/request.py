@@ -1,0 +1,57 @@
+"""One request: a prompt, how to sample from it, and its n sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vattention.engine.sequence import Sequence
+from vattention.outputs import RequestMetrics, RequestOutput, TokenLogprobs
+from vattention.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What was asked for, checked, and what has become of it.
+
+    Attributes:
+        text: the prompt as it came, or None where it came as token ids.
+        priority: smaller goes first.
+        arrival: counts requests; within a priority the earlier goes first.
+        max_tokens: of each sequence, already cut to the context's end.
+        end_token_ids: the model's end tokens.
+    """
+
+    id: str
+    text: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    arrival: int
+    max_tokens: int
+    end_token_ids: frozenset[int]
+    metrics: RequestMetrics
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    error: Exception | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return sum(len(sequence.output_token_ids) for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.id,
+            prompt=self.text,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[sequence.output() for sequence in self.sequences],
+            finished=self.finished,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens,
+            metrics=self.metrics,
+            error=self.error,
+        )

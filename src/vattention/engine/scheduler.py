@@ -1,0 +1,182 @@
+"""Which sequences compute which tokens in the next forward pass.
+
+Continuous batching with chunked prefill: every step gives each running sequence its next token and spends what is
+left of the token budget on prompts, first come first served within a priority. Where memory runs short the last
+in that order is preempted: its slot is released and it computes its tokens again later.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from vattention.core import Chunk
+from vattention.engine.sequence import Sequence
+from vattention.errors import OutOfMemoryError
+from vattention.kv.manager import KVManager
+
+
+@dataclass(slots=True)
+class Plan:
+    """One forward pass.
+
+    Attributes:
+        chunks: what to compute; `sequences` has their owners, in the same order.
+        preempted: sequences that lost their slot to make room.
+        failed: sequences that can never fit, with the reason.
+        num_tokens: of all chunks.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    failed: list[tuple[Sequence, OutOfMemoryError]] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Owns the waiting and the running sequences.
+
+    Args:
+        manager: the KV cache whose slots and memory are handed out.
+        max_num_batched_tokens: most tokens in one forward.
+        max_logit_rows: most tokens of one chunk where each needs its logits, as for prompt logprobs.
+    """
+
+    def __init__(self, manager: KVManager, *, max_num_batched_tokens: int, max_logit_rows: int) -> None:
+        self._manager = manager
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._max_logit_rows = max_logit_rows
+        self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
+        self.running: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.priority, sequence))
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, running or waiting; its memory is free on return."""
+        if sequence.slot is not None:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
+            heapq.heapify(self._waiting)
+
+    def schedule(self) -> Plan:
+        """Plan the next forward and provide its memory. An empty plan means there is nothing to do."""
+        plan = Plan()
+        while self._manager.excess_nbytes and len(self.running) > 1:
+            self._preempt(max(self.running, key=_priority), plan)
+        self._continue_running(plan)
+        if not plan.preempted:
+            self._admit_waiting(plan)
+        return plan
+
+    def _continue_running(self, plan: Plan) -> None:
+        queue = sorted(self.running, key=_priority)
+        decodes = sum(sequence.num_tokens - sequence.num_computed == 1 for sequence in queue)
+        for_prompts = max(self._max_num_batched_tokens - decodes, 0)
+        while queue and plan.num_tokens < self._max_num_batched_tokens:
+            sequence = queue.pop(0)
+            remaining = sequence.num_tokens - sequence.num_computed
+            count = 1 if remaining == 1 else self._chunk_length(sequence, min(remaining, for_prompts))
+            if count == 0:
+                continue
+            while not self._provide(sequence, count):
+                victim = queue.pop() if queue else sequence
+                self._preempt(victim, plan)
+                if victim is sequence:
+                    break
+            else:
+                for_prompts -= count if remaining > 1 else 0
+                self._put(sequence, count, plan)
+
+    def _admit_waiting(self, plan: Plan) -> None:
+        while self._waiting and (budget := self._max_num_batched_tokens - plan.num_tokens) > 0:
+            sequence = self._waiting[0][1]
+            if not self._manager.fits(sequence.num_tokens):
+                heapq.heappop(self._waiting)
+                plan.failed.append((sequence, self._too_large(sequence)))
+                continue
+            if self.running and not self._manager.has_room(sequence.num_tokens + 1):
+                return
+            placement = self._manager.take(sequence.token_ids(0, sequence.num_tokens))
+            sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
+            count = self._chunk_length(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
+            heapq.heappop(self._waiting)
+            if self._provide(sequence, count):
+                self.running.append(sequence)
+                self._put(sequence, count, plan)
+                continue
+            self._release(sequence)
+            if self.running:
+                self.add(sequence)
+            else:
+                plan.failed.append((sequence, self._too_large(sequence)))
+                continue
+            return
+
+    def _chunk_length(self, sequence: Sequence, wanted: int) -> int:
+        return min(wanted, self._max_logit_rows) if _reports_prompt(sequence) else wanted
+
+    def _provide(self, sequence: Sequence, count: int) -> bool:
+        """Get memory for the sequence's next tokens; False where it is short."""
+        assert sequence.slot is not None
+        try:
+            self._manager.ensure(sequence.slot, sequence.num_computed, sequence.num_computed + count)
+        except OutOfMemoryError:
+            return False
+        return True
+
+    def _put(self, sequence: Sequence, count: int, plan: Plan) -> None:
+        assert sequence.slot is not None
+        start, end = sequence.num_computed, sequence.num_computed + count
+        last = end == sequence.num_tokens
+        num_logits = count if _reports_prompt(sequence) else int(last)
+        plan.chunks.append(Chunk(sequence.slot, start, sequence.token_ids(start, end), num_logits))
+        plan.sequences.append(sequence)
+        plan.num_tokens += count
+
+    def _preempt(self, sequence: Sequence, plan: Plan) -> None:
+        """Take a sequence's memory and let it wait. Alone it fails: it would only come back to the same end."""
+        alone = len(self.running) == 1
+        self.running.remove(sequence)
+        self._release(sequence)
+        if alone:
+            plan.failed.append((sequence, self._too_large(sequence)))
+        else:
+            plan.preempted.append(sequence)
+            self.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.slot is not None
+        self._manager.release(sequence.slot)
+        sequence.slot, sequence.num_computed = None, 0
+
+    def _too_large(self, sequence: Sequence) -> OutOfMemoryError:
+        accounts = self._manager.accounts()
+        needed = accounts.mapped_nbytes - accounts.warm_nbytes
+        return OutOfMemoryError(
+            max(needed, accounts.limit_nbytes + 1),
+            accounts.limit_nbytes,
+            f"a sequence of {sequence.num_tokens:,} tokens does not fit into the KV cache even alone; "
+            "raise kv_memory or free memory on this machine",
+        )
+
+
+def _priority(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.priority
+
+
+def _reports_prompt(sequence: Sequence) -> bool:
+    """Whether logits of prompt tokens are still to be reported."""
+    request = sequence.request
+    return (
+        request.params.prompt_logprobs is not None
+        and sequence.index == 0
+        and len(request.prompt_logprobs or ()) < len(request.prompt_token_ids)
+    )

@@ -1,0 +1,107 @@
+"""One sample of a request: its tokens, where its keys and values are, and how far its text has got."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vattention.engine.text import TextStream
+from vattention.model.sampler import SampledToken, SampleRow
+from vattention.outputs import CompletionOutput, TokenLogprobs
+
+if TYPE_CHECKING:
+    from vattention.engine.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and the tokens generated after it.
+
+    Attributes:
+        request: whose sample it is.
+        index: which of the request's n samples.
+        seed: of its sampling; with the number of tokens generated it determines every draw.
+        text: None where there is no tokenizer.
+        output_token_ids: generated so far.
+        slot: where its keys and values are; None while it waits.
+        num_computed: tokens whose keys and values are in the slot.
+        finish_reason: None while it runs.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    text: TextStream | None
+    output_token_ids: list[int] = field(default_factory=list)
+    slot: int | None = None
+    num_computed: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def priority(self) -> tuple[int, int, int]:
+        """Smaller goes first: the request's priority, then first come first served."""
+        return (self.request.priority, self.request.arrival, self.index)
+
+    def token_ids(self, start: int, end: int) -> list[int]:
+        """Tokens [start, end) of prompt and output."""
+        prompt = self.request.prompt_token_ids
+        cut = len(prompt)
+        if end <= cut:
+            return prompt[start:end]
+        return prompt[start:] + self.output_token_ids[max(start - cut, 0) : end - cut]
+
+    def sample_row(self) -> SampleRow:
+        """What the sampler needs to choose the next token."""
+        return SampleRow(
+            params=self.request.params,
+            seed=self.seed,
+            prompt_token_ids=self.request.prompt_token_ids,
+            output_token_ids=self.output_token_ids,
+            end_token_ids=self.request.end_token_ids,
+        )
+
+    def append(self, sampled: SampledToken) -> None:
+        """Take the next token, extend the text, and finish where the token, the text or the length says so."""
+        token, params = sampled.token_id, self.request.params
+        self.output_token_ids.append(token)
+        if sampled.logprob is not None:
+            self.cumulative_logprob += sampled.logprob
+            self.logprobs.append(sampled.top)
+        enough = len(self.output_token_ids) >= params.min_tokens
+        if enough and not params.ignore_eos and token in self.request.end_token_ids:
+            self.finish("stop", None, ending=token)
+        elif enough and token in params.stop_token_ids:
+            self.finish("stop", token, ending=token)
+        else:
+            stop = self.text.add(token, may_stop=enough) if self.text is not None else None
+            if stop is not None:
+                self.finish("stop", stop)
+            elif len(self.output_token_ids) >= self.request.max_tokens:
+                self.finish("length", None)
+
+    def finish(self, reason: str, stop_reason: int | str | None = None, *, ending: int | None = None) -> None:
+        """End the sequence. `ending` is a token that ended it, whose text is kept only on request."""
+        self.finish_reason, self.stop_reason = reason, stop_reason
+        if self.text is not None:
+            if ending is not None and self.request.params.include_stop_str_in_output:
+                self.text.add(ending, may_stop=False)
+            self.text.finish()
+
+    def output(self) -> CompletionOutput:
+        wants_logprobs = self.request.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=self.text.text if self.text is not None else "",
+            token_ids=list(self.output_token_ids),
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
