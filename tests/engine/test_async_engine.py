@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.engine.fakes import FakeRunner, completion, fake_engine
+from vattention.engine.async_engine import AsyncEngine
+from vattention.errors import ContextLengthError, EngineStoppedError, QueueFullError
+from vattention.sampling_params import SamplingParams
+
+
+@pytest.fixture
+def engine() -> Iterator[AsyncEngine]:
+    made = AsyncEngine(fake_engine())
+    yield made
+    made.shutdown()
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens)
+
+
+def tokens(*ids: int) -> Any:
+    return {"prompt_token_ids": list(ids)}
+
+
+async def last_tokens(engine: AsyncEngine, prompt: list[int], count: int) -> list[int]:
+    async for output in engine.generate(tokens(*prompt), greedy(count)):
+        latest = output
+    return latest.outputs[0].token_ids
+
+
+async def test_many_requests_at_once_get_their_own_tokens(engine: AsyncEngine) -> None:
+    prompts = [[2 + i, 3 + i % 7] for i in range(30)]
+    results = await asyncio.gather(*(last_tokens(engine, prompt, 10) for prompt in prompts))
+    assert results == [completion(prompt, 10) for prompt in prompts]
+
+
+async def test_outputs_are_cumulative_and_end_once(engine: AsyncEngine) -> None:
+    lengths = [len(output.outputs[0].token_ids) async for output in engine.generate(tokens(5), greedy(20))]
+    assert lengths == sorted(lengths)
+    assert lengths[-1] == 20
+
+
+async def test_invalid_requests_are_refused_before_they_start(engine: AsyncEngine) -> None:
+    with pytest.raises(ContextLengthError):
+        engine.submit(tokens(*[5] * 64), greedy(1))
+
+
+async def test_leaving_early_frees_the_memory(engine: AsyncEngine) -> None:
+    stream = engine.submit(tokens(*[5] * 20), greedy(44))
+    await anext(stream)
+    await stream.aclose()
+    for _ in range(200):
+        if engine.statistics().num_running == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert engine.statistics().accounts.live_nbytes == 0
+
+
+async def test_a_third_hangs_up_at_random_and_nothing_stays(engine: AsyncEngine) -> None:
+    rng = random.Random(0)
+
+    async def client(index: int) -> None:
+        prompt = [2 + index % 40] * rng.randint(1, 30)
+        if index % 3:
+            assert await last_tokens(engine, prompt, 20) == completion(prompt, 20)
+            return
+        task = asyncio.create_task(last_tokens(engine, prompt, 30))
+        await asyncio.sleep(rng.random() * 0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    await asyncio.gather(*(client(i) for i in range(100)))
+    for _ in range(200):
+        if engine.statistics().num_running == engine.statistics().num_waiting == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert not engine._streams
+    assert not engine._engine.has_unfinished_requests()
+    assert engine.statistics().accounts.live_nbytes == 0
+
+
+async def test_a_full_queue_refuses_with_a_time_to_retry() -> None:
+    gate = threading.Event()
+
+    class Held(FakeRunner):
+        def forward(self, chunks: Any) -> Any:
+            gate.wait()
+            return super().forward(chunks)
+
+    engine = AsyncEngine(fake_engine(num_slots=1, max_queue=2, runner=Held()))
+    try:
+        streams = [engine.submit(tokens(5), greedy(1)) for _ in range(3)]
+        with pytest.raises(QueueFullError, match="max_queue=2") as refusal:
+            engine.submit(tokens(5), greedy(1))
+        assert refusal.value.retry_after_s >= 1.0
+        gate.set()
+        for stream in streams:
+            assert [output.finished async for output in stream][-1]
+    finally:
+        gate.set()
+        engine.shutdown()
+
+
+async def test_drain_lets_running_requests_finish_and_refuses_new_ones(engine: AsyncEngine) -> None:
+    running = asyncio.create_task(last_tokens(engine, [5], 40))
+    await asyncio.sleep(0)
+    await engine.drain(10.0)
+    with pytest.raises(EngineStoppedError, match="shutting down"):
+        engine.submit(tokens(5), greedy(1))
+    assert await running == completion([5], 40)
+
+
+async def test_shutdown_ends_streams_with_an_error() -> None:
+    gate = threading.Event()
+
+    class Held(FakeRunner):
+        def forward(self, chunks: Any) -> Any:
+            gate.wait()
+            return super().forward(chunks)
+
+    engine = AsyncEngine(fake_engine(runner=Held()))
+    stream = engine.submit(tokens(5), greedy(40))
+    threading.Timer(0.1, gate.set).start()
+    await asyncio.to_thread(engine.shutdown)
+    with pytest.raises(EngineStoppedError, match="stopped before"):
+        async for _ in stream:
+            pass
+    engine.shutdown()
+
+
+async def test_a_dead_engine_says_why_to_everyone(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = fake_engine()
+
+    def broken() -> Any:
+        raise RuntimeError("the scheduler broke")
+
+    engine = AsyncEngine(inner)
+    monkeypatch.setattr(inner, "step", broken)
+    with pytest.raises(EngineStoppedError) as death:
+        await last_tokens(engine, [5], 3)
+    assert "the scheduler broke" in str(death.value.__cause__)
+    assert not engine.healthy
+    with pytest.raises(EngineStoppedError, match="died"):
+        engine.submit(tokens(5), greedy(1))
+    engine.shutdown()
+
+
+async def test_an_idle_engine_uses_no_processor(engine: AsyncEngine) -> None:
+    await last_tokens(engine, [5], 3)
+    before = time.process_time()
+    await asyncio.sleep(0.5)
+    assert time.process_time() - before < 0.05
+
+
+async def test_warm_memory_goes_back_when_nothing_comes(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vattention.engine.async_engine.IDLE_DROP_S", 0.05)
+    await last_tokens(engine, [5], 3)
+    await asyncio.sleep(0.3)
+    assert engine.statistics().accounts.mapped_nbytes == 0
+    assert await last_tokens(engine, [5], 3) == completion([5], 3)
