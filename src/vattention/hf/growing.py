@@ -1,0 +1,156 @@
+"""Tensors that grow in place: addresses for all tokens from the start, memory for those there are."""
+
+from __future__ import annotations
+
+import weakref
+
+import numpy as np
+import torch
+
+from vattention.memory import open_driver
+from vattention.memory.driver import Driver, IntArray
+from vattention.memory.pool import PagePool
+from vattention.memory.region import Region
+from vattention.memory.tensor import as_tensor, strided
+
+_SMALL_PAGE_NBYTES = 64 * 2**10
+"""Up to this page size every head has a row of its own; see `GrowingTensor`."""
+
+
+class _DeviceMemory:
+    """The driver and the pages of one device; closes the driver when nothing needs it any more."""
+
+    def __init__(self, device: torch.device, page_nbytes: int | None, limit_nbytes: int | None) -> None:
+        self.device = device
+        self.driver: Driver = open_driver(str(device), page_nbytes)
+        if limit_nbytes is None:
+            limit_nbytes = self.driver.memory_info().available_nbytes
+        self.pool = PagePool(self.driver, limit_nbytes)
+        # The system takes everything back at exit by itself, when tensors may still be in use.
+        weakref.finalize(self, self.driver.close).atexit = False
+
+    def settle(self) -> None:
+        """Wait until the device has done what it was told: it must not lose pages that it is reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class CacheMemory:
+    """Where the tensors of one cache get their memory: one driver and page pool for each device, opened on first use.
+
+    A copy, deep or pickled, is a new memory with the same options.
+    """
+
+    def __init__(self, page_nbytes: int | None, limit_nbytes: int | None) -> None:
+        self.page_nbytes = page_nbytes
+        self.limit_nbytes = limit_nbytes
+        self._devices: dict[torch.device, _DeviceMemory] = {}
+
+    def __reduce__(self) -> tuple[type[CacheMemory], tuple[int | None, int | None]]:
+        return CacheMemory, (self.page_nbytes, self.limit_nbytes)
+
+    def on(self, device: torch.device) -> _DeviceMemory:
+        if device not in self._devices:
+            self._devices[device] = _DeviceMemory(device, self.page_nbytes, self.limit_nbytes)
+        return self._devices[device]
+
+
+class _Reservation:
+    """A region that lives as long as a tensor over it does, and takes its memory with it when it goes."""
+
+    def __init__(self, memory: _DeviceMemory, nbytes: int) -> None:
+        self.region = Region(memory.driver, memory.pool, nbytes)
+        weakref.finalize(self, _Reservation._close, memory, self.region).atexit = False
+
+    @staticmethod
+    def _close(memory: _DeviceMemory, region: Region) -> None:
+        memory.settle()
+        region.close()
+        memory.pool.release_idle()
+
+
+class GrowingTensor:
+    """A tensor [batch, heads, max_length, dim] with memory behind tokens [first, end) of each row only.
+
+    With small pages, each (batch row, head) is one row of consecutive tokens, which attention reads as fast as a
+    dense tensor: on a CPU, SDPA took 1.5 to 2.2 times as long over [batch, max_length, heads, dim]. With a GPU's large
+    pages (2 MiB) that would strand a page per head, so there each batch row is one row of consecutive tokens.
+
+    Attributes:
+        view: the whole tensor. Only tokens [first, end) that were provided may be touched.
+    """
+
+    def __init__(
+        self, memory: CacheMemory, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Reserve addresses for `shape`.
+
+        Raises:
+            OutOfMemoryError: the system has no such range of addresses.
+            ConfigError: this device's memory cannot be mapped on demand.
+        """
+        batch, heads, max_length, dim = shape
+        self._memory = memory.on(device)
+        self._page_nbytes = self._memory.driver.page_nbytes
+        item = dtype.itemsize
+        per_head = self._page_nbytes <= _SMALL_PAGE_NBYTES
+        self._num_rows = batch * heads if per_head else batch
+        self._token_nbytes = dim * item if per_head else heads * dim * item
+        self._row_pages = -(-max_length * self._token_nbytes // self._page_nbytes)
+        row_nbytes = self._row_pages * self._page_nbytes
+        strides = (
+            (heads * row_nbytes, row_nbytes, dim * item, item)
+            if per_head
+            else (row_nbytes, dim * item, heads * dim * item, item)
+        )
+        reservation = _Reservation(self._memory, self._num_rows * row_nbytes)
+        self._region = reservation.region
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            memory_tensor = as_tensor(
+                self._region.address, self._region.nbytes, device=str(device), owner=reservation
+            )
+            self.view = strided(memory_tensor, dtype, 0, shape, strides)
+        self._first_page = self._end_page = 0
+
+    @property
+    def mapped_nbytes(self) -> int:
+        return self._region.mapped_nbytes
+
+    @property
+    def reserved_nbytes(self) -> int:
+        return self._region.nbytes
+
+    def provide(self, first: int, end: int) -> None:
+        """Put memory behind tokens [first, end); those in front of the tensor's `end` must have it already.
+
+        Raises:
+            OutOfMemoryError: there are not enough pages; the tensor is as it was.
+        """
+        end_page = -(-end * self._token_nbytes // self._page_nbytes)
+        if self._first_page == self._end_page:
+            self._first_page = self._end_page = first * self._token_nbytes // self._page_nbytes
+        if end_page > self._end_page:
+            self._region.commit(self._pages(self._end_page, end_page))
+            self._end_page = end_page
+
+    def drop_before(self, first: int) -> None:
+        """Give back the pages that hold only tokens before `first`."""
+        page = min(first * self._token_nbytes // self._page_nbytes, self._end_page)
+        if page > self._first_page:
+            self._memory.settle()
+            self._region.unmap(self._pages(self._first_page, page))
+            self._first_page = page
+
+    def drop_after(self, end: int) -> None:
+        """Give back the pages that hold only tokens from `end` on, but one: a rolled back draft is soon replaced."""
+        page = max(-(-end * self._token_nbytes // self._page_nbytes) + 1, self._first_page)
+        if page < self._end_page:
+            self._memory.settle()
+            self._region.unmap(self._pages(page, self._end_page))
+            self._end_page = page
+
+    def _pages(self, first: int, end: int) -> IntArray:
+        """Pages [first, end) of each row, as indices into the region."""
+        rows = np.arange(self._num_rows, dtype=np.int64)[:, None] * self._row_pages
+        return (rows + np.arange(first, end, dtype=np.int64)).ravel()
