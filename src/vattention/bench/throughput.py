@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vattention.bench.resident import peak_resident_nbytes, resident_nbytes
 from vattention.bench.workload import BenchRequest
 from vattention.engine.engine import LLMEngine
 from vattention.errors import ConfigError
@@ -139,7 +138,7 @@ def measure(engine: LLMEngine, requests: Sequence[BenchRequest]) -> Throughput:
         Exception: whatever made a request fail.
     """
     timelines = {str(index): Timeline() for index in range(len(requests))}
-    rss_before = _resident_nbytes("VmRSS")
+    rss_before = resident_nbytes()
     kv_peak: dict[str, int] = {}
     num_steps = 0
     start = time.perf_counter()
@@ -172,7 +171,7 @@ def measure(engine: LLMEngine, requests: Sequence[BenchRequest]) -> Throughput:
         ttft_p99_s=ttft_p99,
         itl_p50_s=itl_p50,
         itl_p99_s=itl_p99,
-        peak_rss_bytes=_resident_nbytes("VmHWM"),
+        peak_rss_bytes=peak_resident_nbytes(),
         rss_before_bytes=rss_before,
         num_requests=len(requests),
         num_prompt_tokens=num_prompt,
@@ -198,12 +197,3 @@ def _check_all_done(requests: Sequence[BenchRequest], timelines: dict[str, Timel
                 f"request {request_id} got {timeline.num_tokens} of {wanted} tokens; raise max_model_len to "
                 f"{len(request.prompt_token_ids) + (request.params.max_tokens or 0)}"
             )
-
-
-def _resident_nbytes(field_name: str) -> int:
-    """VmRSS, or its peak VmHWM. Unlike `ru_maxrss` the peak does not begin with that of the parent process."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    found = re.search(rf"^{field_name}:\s+(\d+) kB$", status, re.MULTILINE)
-    if found is None:
-        raise ConfigError(f"/proc/self/status has no {field_name}; the benchmark needs a Linux /proc")
-    return int(found[1]) * 1024
