@@ -16,9 +16,9 @@ from vattention.hf.layers import VirtualLayer, VirtualSlidingLayer
 class VirtualCache(Cache):  # type: ignore[misc]
     """A cache for transformers models whose keys and values grow in place.
 
-    Where `DynamicCache` copies everything into a larger tensor for each token, and `StaticCache` takes the memory for
-    the longest sequence beforehand, this one reserves *addresses* for the longest sequence and puts memory behind
-    them as tokens come. What attention sees are plain tensors, whatever the kernel.
+    Where `DynamicCache` copies everything into a larger tensor for each token, and `StaticCache` takes the memory
+    for the longest sequence beforehand, this one reserves *addresses* for the longest sequence and puts memory
+    behind them as tokens come. What attention sees are plain tensors, whatever the kernel.
 
     >>> cache = VirtualCache(model.config)
     >>> tokens = model.generate(**inputs, past_key_values=cache, max_new_tokens=32)
@@ -35,7 +35,7 @@ class VirtualCache(Cache):  # type: ignore[misc]
         max_length: most tokens of a sequence, prompt and output together; by default the model's
             `max_position_embeddings`.
         page_nbytes: bytes of a page; by default the smallest there is.
-        limit_nbytes: most physical memory to use on each device; by default what is available when it is first used.
+        limit_nbytes: most physical memory to use on each device; by default what is available at first use.
 
     Raises:
         ConfigError: the model's configuration has no maximum length, and none was given.

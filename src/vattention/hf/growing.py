@@ -36,7 +36,7 @@ class _DeviceMemory:
 
 
 class CacheMemory:
-    """Where the tensors of one cache get their memory: one driver and page pool for each device, opened on first use.
+    """Where the tensors of one cache get their memory: a driver and a page pool for each device it uses.
 
     A copy, deep or pickled, is a new memory with the same options.
     """
@@ -73,8 +73,8 @@ class GrowingTensor:
     """A tensor [batch, heads, max_length, dim] with memory behind tokens [first, end) of each row only.
 
     With small pages, each (batch row, head) is one row of consecutive tokens, which attention reads as fast as a
-    dense tensor: on a CPU, SDPA took 1.5 to 2.2 times as long over [batch, max_length, heads, dim]. With a GPU's large
-    pages (2 MiB) that would strand a page per head, so there each batch row is one row of consecutive tokens.
+    dense tensor: on a CPU, SDPA took up to 2.2 times as long over rows of [max_length, heads, dim]. With a GPU's
+    large pages (2 MiB) that would strand part of a page for every head, so there a batch row is one such row.
 
     Attributes:
         view: the whole tensor. Only tokens [first, end) that were provided may be touched.
@@ -143,7 +143,7 @@ class GrowingTensor:
             self._first_page = page
 
     def drop_after(self, end: int) -> None:
-        """Give back the pages that hold only tokens from `end` on, but one: a rolled back draft is soon replaced."""
+        """Give back the pages that hold only tokens from `end` on, but one: drafts are soon replaced."""
         page = max(-(-end * self._token_nbytes // self._page_nbytes) + 1, self._first_page)
         if page < self._end_page:
             self._memory.settle()

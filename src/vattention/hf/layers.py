@@ -89,8 +89,8 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         start, end = self._length, self._length + key_states.shape[-2]
         if end > self._max_length:
             raise ContextLengthError(
-                f"the cache needs room for {end:,} tokens, and has room for {self._max_length:,}; raise VirtualCache's "
-                "max_length, which costs addresses only",
+                f"the cache needs room for {end:,} tokens, and has room for {self._max_length:,}; raise "
+                "VirtualCache's max_length, which costs addresses only",
                 param="max_length",
             )
         if not self.is_initialized:
@@ -100,8 +100,8 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         for tensor, new in zip(stored, states, strict=True):
             if new.shape != (expected := (*tensor.view.shape[:2], end - start, tensor.view.shape[3])):
                 raise RequestError(
-                    f"new tokens have the shape {tuple(new.shape)}, and the cache takes {expected}; reset() it before "
-                    "it serves another batch",
+                    f"new tokens have the shape {tuple(new.shape)}, and the cache takes {expected}; "
+                    "reset() it before it serves another batch",
                     param="past_key_values",
                 )
         self._first = self._first_kept()
