@@ -50,7 +50,7 @@ def test_extras_for_developers_include_those_for_users() -> None:
 
 def test_the_command_is_the_one_that_is_tested() -> None:
     assert PROJECT["project"]["scripts"] == {"vattention": "vattention.cli.main:main"}
-    installed = [entry for entry in entry_points(group="console_scripts", name="vattention")]
+    installed = list(entry_points(group="console_scripts", name="vattention"))
     assert [entry.value for entry in installed] in ([], ["vattention.cli.main:main"])
 
 

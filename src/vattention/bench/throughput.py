@@ -7,15 +7,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vattention import __version__
 from vattention.bench.resident import peak_resident_nbytes, resident_nbytes
 from vattention.bench.workload import BenchRequest
-from vattention.engine.engine import LLMEngine
 from vattention.errors import ConfigError
 from vattention.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from vattention.engine.engine import LLMEngine
 
 WARM_UP_REQUESTS = 4
 WARM_UP_PROMPT_TOKENS = 128
@@ -89,7 +92,7 @@ class Throughput:
         """Everything above, and the versions it was measured with."""
         return dataclasses.asdict(self) | {
             "excluded": "model load and warm-up",
-            "versions": {name: version(name) for name in ("vattention", "torch", "transformers")},
+            "versions": {"vattention": __version__, **{name: version(name) for name in ("torch", "transformers")}},
         }
 
     def summary(self) -> str:
