@@ -1,0 +1,164 @@
+"""What the engine tells of itself: figures for metrics and logs, as plain values.
+
+A listener hears of every step and of every finished request, on the engine's thread: it must be quick, and take
+its own lock where others read what it collects.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Protocol
+
+from vattention.engine.request import Request
+from vattention.engine.scheduler import Plan
+from vattention.engine.sequence import Sequence
+from vattention.kv.manager import Accounts
+from vattention.outputs import RequestMetrics
+
+_GRAVITY = ("error", "abort", "length", "stop")
+"""Finish reasons, gravest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """The engine at one moment. Lengths are in sequences: a request with n samples counts n times.
+
+    Attributes:
+        num_running: sequences that own a slot.
+        num_waiting: sequences that wait for one.
+        num_slots: most that can run.
+        accounts: the KV cache's memory.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    accounts: Accounts
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step.
+
+    Attributes:
+        num_prompt_tokens: prompt tokens computed, those computed again after a preemption included.
+        num_generated_tokens: tokens sampled.
+        num_preemptions: sequences that lost their slot.
+        duration_s: of the step.
+        num_running, num_waiting: sequences after it.
+        times_to_first_token_s: since their request's arrival, of sequences that got their first token.
+        inter_token_latencies_s: since their token before, of sequences that got another token.
+    """
+
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    duration_s: float
+    num_running: int
+    num_waiting: int
+    times_to_first_token_s: Items[float]
+    inter_token_latencies_s: Items[float]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedStats:
+    """A request that has ended, with all of its samples.
+
+    Attributes:
+        finish_reason: "stop", "length", "abort" or "error": the gravest of its samples'.
+        num_generated_tokens: of all samples together.
+        num_cached_tokens: prompt tokens that needed no computing.
+        metrics: when it arrived, started, got its first token and ended.
+        n, max_tokens: as asked for; max_tokens is None where the request named none.
+    """
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_cached_tokens: int
+    metrics: RequestMetrics
+    n: int
+    max_tokens: int | None
+
+
+class StatsListener(Protocol):
+    """Hears what the engine does. An exception from it ends the engine, as one of the engine's own would."""
+
+    def on_step(self, stats: StepStats) -> None: ...
+
+    def on_finished(self, stats: FinishedStats) -> None: ...
+
+
+class Stats:
+    """Turns what happened into figures for `listeners`. Without listeners it does nothing.
+
+    Add listeners before the first request: a sequence's tokens are timed from the first one they hear of.
+    """
+
+    def __init__(self) -> None:
+        self.listeners: list[StatsListener] = []
+        self._last_token_at: dict[Sequence, float] = {}
+        self._ended: list[Request] = []
+
+    def step(self, plan: Plan, moved: Items[Sequence], started: float, now_is: EngineStatistics) -> None:
+        """Report a step that began at `started` (monotonic seconds) and brought the `moved` sequences on."""
+        if not self.listeners:
+            return
+        now = time.monotonic()
+        advanced = [sequence for sequence in moved if sequence.finish_reason != "error"]
+        firsts: list[float] = []
+        others: list[float] = []
+        for sequence in advanced:
+            before = self._last_token_at.get(sequence)
+            if before is None:
+                firsts.append(now - sequence.request.metrics.arrival_time)
+            else:
+                others.append(now - before)
+            self._last_token_at[sequence] = now
+        self._forget_ended()
+        stats = StepStats(
+            num_prompt_tokens=_num_prompt_tokens(plan),
+            num_generated_tokens=len(advanced),
+            num_preemptions=len(plan.preempted),
+            duration_s=now - started,
+            num_running=now_is.num_running,
+            num_waiting=now_is.num_waiting,
+            times_to_first_token_s=firsts,
+            inter_token_latencies_s=others,
+        )
+        for listener in self.listeners:
+            listener.on_step(stats)
+
+    def finished(self, request: Request) -> None:
+        """Report a request whose samples have all ended."""
+        if not self.listeners:
+            return
+        # Its last tokens belong to a step that is reported after this.
+        self._ended.append(request)
+        reasons = {sequence.finish_reason for sequence in request.sequences}
+        stats = FinishedStats(
+            finish_reason=next((reason for reason in _GRAVITY if reason in reasons), "error"),
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_generated_tokens=request.num_generated_tokens,
+            num_cached_tokens=request.num_cached_tokens,
+            metrics=request.metrics,
+            n=request.params.n,
+            max_tokens=request.params.max_tokens,
+        )
+        for listener in self.listeners:
+            listener.on_finished(stats)
+
+    def _forget_ended(self) -> None:
+        for request in self._ended:
+            for sequence in request.sequences:
+                self._last_token_at.pop(sequence, None)
+        self._ended.clear()
+
+
+def _num_prompt_tokens(plan: Plan) -> int:
+    return sum(
+        max(0, min(chunk.end, len(sequence.request.prompt_token_ids)) - chunk.start)
+        for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True)
+    )
