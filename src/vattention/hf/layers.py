@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,26 +33,26 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values: Any = None
         self._memory = memory
         self._max_length = max_length
-        # None before the first update; and while offloaded, when `keys` and `values` are all there is.
-        self._stored: tuple[GrowingTensor, GrowingTensor] | None = None
-        self._lineage = Lineage(0)
-        # Tokens [_first, _length) are in memory.
+        # Tokens [_first, _length) of keys and values are in growing tensors, or parked while offloaded.
         self._first = self._length = 0
+        self._stored: tuple[GrowingTensor, ...] = ()
+        self._parked: tuple[torch.Tensor, ...] = ()
+        self._lineage = Lineage(0)
 
     @property
     def mapped_nbytes(self) -> int:
         """Physical memory behind the layer, in bytes."""
-        return sum(tensor.mapped_nbytes for tensor in self._stored or ())
+        return sum(tensor.mapped_nbytes for tensor in self._stored)
 
     @property
     def reserved_nbytes(self) -> int:
         """Addresses the layer may grow into, in bytes."""
-        return sum(tensor.reserved_nbytes for tensor in self._stored or ())
+        return sum(tensor.reserved_nbytes for tensor in self._stored)
 
     @property
     def is_offloaded(self) -> bool:
         """The tokens are in ordinary CPU memory, and come back with the next call that needs them."""
-        return self.is_initialized and self._stored is None
+        return bool(self._parked)
 
     def _first_visible(self, num_tokens: int) -> int:
         """The first token that a forward attends to when `num_tokens` came before it."""
@@ -95,9 +95,9 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        stored = self._resident()
+        self.prefetch()
         states = (key_states, value_states)
-        for tensor, new in zip(stored, states, strict=True):
+        for tensor, new in zip(self._stored, states, strict=True):
             if new.shape != (expected := (*tensor.view.shape[:2], end - start, tensor.view.shape[3])):
                 raise RequestError(
                     f"new tokens have the shape {tuple(new.shape)}, and the cache takes {expected}; "
@@ -105,16 +105,16 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
                     param="past_key_values",
                 )
         self._first = self._first_kept()
-        for tensor in stored:
+        for tensor in self._stored:
             tensor.drop_before(self._first)
             tensor.provide(self._first, end)
         with torch.no_grad():
-            for tensor, new in zip(stored, states, strict=True):
+            for tensor, new in zip(self._stored, states, strict=True):
                 tensor.view.narrow(2, start, end - start).copy_(new)
         self._length = end
         self._show()
         visible = self._first_visible(start)
-        keys, values = (tensor.view.narrow(2, visible, end - visible) for tensor in stored)
+        keys, values = (tensor.view.narrow(2, visible, end - visible) for tensor in self._stored)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -152,9 +152,9 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{self._first:,} on; call activate_past_recording() before the forward that may be undone",
                 param="tokens_to_remove",
             )
-        stored = self._resident()
+        self.prefetch()
         self._first, self._length = first, length
-        for tensor in stored:
+        for tensor in self._stored:
             tensor.drop_before(first)
             tensor.drop_after(length)
         self._lineage.crop(length)
@@ -162,7 +162,8 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget everything. The memory goes back as soon as no tensor over it is left."""
-        self.keys = self.values = self._stored = None
+        self.keys = self.values = None
+        self._stored = self._parked = ()
         self._first = self._length = 0
         self.is_initialized = False
 
@@ -171,12 +172,11 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         if not self._length:
             return
         parents = beam_idx.tolist()
-        stored = self._resident()
-        if len(parents) != len(stored[0].view):
+        self.prefetch()
+        if len(parents) != len(self.keys):
             self._take(parents)
             return
-        for tensor in stored:
-            rows = tensor.view.narrow(2, self._first, self._length - self._first)
+        for rows in self._tokens():
             spare = rows[:0]
             for row, parent in moves(parents):
                 if row == SPARE:
@@ -189,60 +189,67 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times, one after the other."""
+        self.prefetch()
         if self._length:
             self._take([row for row in range(len(self.keys)) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only the rows that `indices`, numbers or a mask, select."""
+        self.prefetch()
         if self._length:
             self._take(torch.arange(len(self.keys), device=indices.device)[indices].tolist())
 
     def offload(self) -> None:
         """Move the tokens to ordinary CPU memory, and give the mapped memory back."""
-        if self._stored is not None:
-            self.keys, self.values = (tensor.to("cpu", copy=True) for tensor in self._in_memory(self._stored))
-            self._stored = None
+        if self._stored:
+            self._parked = tuple(tensor.to("cpu", copy=True) for tensor in self._tokens())
+            self._stored = ()
+            self._show()
 
     def prefetch(self) -> None:
         """Undo `offload`. Every call that needs the tokens does so too."""
-        if self.is_offloaded:
-            self._resident()
+        if self._parked:
+            keys, values = self._parked
+            self._stored = self._filled(keys, values, range(len(keys)))
+            self._parked = ()
+            self._show()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> VirtualLayer:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__ = {
-            name: copy.deepcopy(value, memo)
-            for name, value in self.__dict__.items()
-            if name not in ("keys", "values", "_stored")
-        }
-        twin.keys, twin.values, twin._stored = self.keys, self.values, None
-        if self._stored is not None:
-            twin.keys, twin.values = self._in_memory(self._stored)
-            twin.prefetch()
+        tensors = {"keys": None, "values": None, "_stored": (), "_parked": ()}
+        for name, value in self.__dict__.items():
+            setattr(twin, name, tensors[name] if name in tensors else copy.deepcopy(value, memo))
+        if self._stored:
+            keys, values = self._tokens()
+            twin._stored = twin._filled(keys, values, range(len(keys)))
+        else:
+            twin._parked = tuple(tensor.clone() for tensor in self._parked)
+        twin._show()
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         """The layer, offloaded: a pickled view would write out all that is reserved."""
-        state = dict(self.__dict__, _stored=None)
-        if self._stored is not None:
-            state["keys"], state["values"] = (tensor.cpu().clone() for tensor in self._in_memory(self._stored))
-        return state
+        parked = tuple(tensor.to("cpu", copy=True) for tensor in self._tokens())
+        return dict(self.__dict__, keys=None, values=None, _stored=(), _parked=parked)
 
-    def _in_memory(self, stored: Iterable[GrowingTensor]) -> list[torch.Tensor]:
-        """Views of all tokens that are in memory, which may be more than are kept."""
-        return [tensor.view.narrow(2, self._first, self._length - self._first) for tensor in stored]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._show()
 
-    def _resident(self) -> tuple[GrowingTensor, GrowingTensor]:
-        """The growing tensors, filled from `keys` and `values` if the layer was offloaded."""
-        if self._stored is None:
-            self._stored = self._filled(self.keys, self.values, range(len(self.keys)))
-            self._show()
-        return self._stored
+    def _tokens(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values of all tokens in memory, which may be more than the next forward needs."""
+        kept = self._length - self._first
+        return self._parked or tuple(tensor.view.narrow(2, self._first, kept) for tensor in self._stored)
+
+    def _show(self) -> None:
+        """Point `keys` and `values` at the tokens the next forward needs."""
+        if tokens := self._tokens():
+            self.keys, self.values = (tensor[:, :, self._first_kept() - self._first :] for tensor in tokens)
 
     def _take(self, parents: Sequence[int]) -> None:
         """Become a batch in which row i is what row `parents[i]` was."""
-        keys, values = self._in_memory(self._resident())
+        keys, values = self._tokens()
         self._stored = self._filled(keys, values, parents)
         self._lineage.take(parents, self._length)
         self._show()
@@ -265,12 +272,6 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
             return GrowingTensor(self._memory, shape, self.dtype, self.device)
 
         return reserve(keys), reserve(values)
-
-    def _show(self) -> None:
-        """Point `keys` and `values` at the tokens the next forward needs."""
-        first = self._first_kept()
-        if self._stored is not None:
-            self.keys, self.values = (tensor.view.narrow(2, first, self._length - first) for tensor in self._stored)
 
 
 class VirtualSlidingLayer(VirtualLayer):
