@@ -21,6 +21,7 @@ def create_app() -> App:
         help="Serve language models from a KV cache that is contiguous in virtual memory.",
         version_flags=["--version"],
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,
     )
     bench = App(name="bench", help="Measure the engine.")
     for parent, target, text in (

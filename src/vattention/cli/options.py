@@ -85,7 +85,7 @@ def attribute_docs(cls: type) -> dict[str, str]:
     """Field name to text, from the "Attributes:" section of a docstring; "a, b: text" counts for both."""
     section = re.search(r"^Attributes:\n((?:[ ]+.*\n?|\n)*)", inspect.getdoc(cls) or "", re.MULTILINE)
     docs: dict[str, str] = {}
-    for entry in re.split(r"\n {4}(?=\w)", "\n" + section[1] if section else ""):
+    for entry in re.split(r"^ {4}(?=\w)", section[1] if section else "", flags=re.MULTILINE)[1:]:
         names, _, text = entry.partition(":")
         docs |= dict.fromkeys((name.strip() for name in names.split(",")), " ".join(text.split()))
     return docs

@@ -1,0 +1,132 @@
+"""`vattention info`: what this machine can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
+"""Those that decide how fast matrices multiply, as /proc/cpuinfo names them."""
+
+LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "cuda-bindings", "gguf")
+
+Facts = dict[str, dict[str, Any]]
+"""Topic to name to value."""
+
+
+def info(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] = False) -> None:
+    """Show what this machine can do.
+
+    Args:
+        as_json: write JSON, with all sizes in bytes.
+    """
+    facts = collect()
+    print(json.dumps(facts, indent=2) if as_json else render(facts))
+
+
+def collect() -> Facts:
+    """Look at the machine. Opens a driver, and gives it back."""
+    import vattention
+
+    return {
+        "versions": {
+            "vattention": vattention.__version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in LIBRARIES},
+        },
+        "cpu": cpu(),
+        "memory": memory(),
+        "driver": driver(),
+    }
+
+
+def cpu() -> dict[str, Any]:
+    """Its name, the cores this process may use, and the features that matter here."""
+    fields = _colon_file(Path("/proc/cpuinfo"))
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "name": fields.get("model name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)),
+        "features": [name for name in CPU_FEATURES if name in flags],
+    }
+
+
+def memory() -> dict[str, Any]:
+    """The system's memory, whatever this process may use of it, in bytes; and the bound on its mappings."""
+    fields = _colon_file(Path("/proc/meminfo"))
+    sizes = {
+        name: int(fields[key].removesuffix(" kB")) * 1024
+        for name, key in (("total", "MemTotal"), ("free", "MemFree"), ("available", "MemAvailable"))
+    }
+    return {
+        **{f"{name}_nbytes": nbytes for name, nbytes in sizes.items()},
+        "max_map_count": int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")),
+    }
+
+
+def driver() -> dict[str, Any]:
+    """What the driver for host memory can do, and how much memory it would give a KV cache now."""
+    from vattention.memory import open_driver
+
+    opened = open_driver("cpu", None)
+    try:
+        found = opened.memory_info()
+        return {
+            **dataclasses.asdict(opened.capabilities),
+            "page_nbytes": opened.page_nbytes,
+            "available_nbytes": found.available_nbytes,
+            "total_nbytes": found.total_nbytes,
+        }
+    finally:
+        opened.close()
+
+
+def render(facts: Facts) -> str:
+    """One topic after another, sizes in units for people."""
+    lines = []
+    for topic, values in facts.items():
+        lines.append(topic)
+        for name, value in values.items():
+            label = name.removesuffix("_nbytes").replace("_", " ")
+            lines.append(f"  {label:<18} {size(value) if name.endswith('_nbytes') else _text(value)}")
+    return "\n".join(lines)
+
+
+def size(nbytes: int) -> str:
+    """Bytes in the largest unit that leaves a number above one."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:,.4g} {unit}"
+    return f"{nbytes} bytes"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _colon_file(path: Path) -> dict[str, str]:
+    """The first value of each name in a file of "name : value" lines."""
+    fields: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip(), value.strip())
+    return fields
