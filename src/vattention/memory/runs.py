@@ -8,10 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def runs(values: NDArray[np.int64], stride: int) -> Iterator[tuple[int, int]]:
-    """Yield (start index, count) for every maximal run in which each value is the one before plus `stride`."""
+def runs(
+    values: NDArray[np.int64], stride: int, constant: NDArray[np.int64] | None = None
+) -> Iterator[tuple[int, int]]:
+    """Yield (start index, count) for every maximal run in which each value is the one before plus `stride`.
+
+    With `constant`, an array of the same length, a run also ends where that changes.
+    """
     if not len(values):
         return
-    breaks = (np.flatnonzero(np.diff(values) != stride) + 1).tolist()
+    broken = values[1:] - values[:-1] != stride
+    if constant is not None:
+        broken |= constant[1:] != constant[:-1]
+    breaks = (np.flatnonzero(broken) + 1).tolist()
     for start, end in zip([0, *breaks], [*breaks, len(values)], strict=True):
         yield start, end - start

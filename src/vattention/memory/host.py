@@ -1,0 +1,327 @@
+"""Host memory on Linux: one sparse memfd, mapped whole over each reserved range.
+
+Every page of a range has a *home* in the file: file offset and address differ by one constant. A page created at
+home is mapped there already, so committing is one call (`MADV_POPULATE_WRITE`), releasing is one (punching a hole),
+and a range of any number of slots is a single kernel mapping. Only sharing maps anything: a page of the file at an
+address that is not its home, an *alias*. Kernel mappings are scarce (`vm.max_map_count`; at the limit even starting
+a thread fails), so they are counted, and `map` refuses before they run out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+import weakref
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from vattention.errors import ConfigError, DriverError, OutOfMemoryError
+from vattention.memory import budget, libc
+from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
+from vattention.memory.runs import runs
+from vattention.memory.shortage import mapping_refusal, refusal, reservation_refusal
+from vattention.memory.table import Table
+
+_ALIVE, _RESIDENT, _OVERFLOW = 1, 2, 4
+"""What is known of a page of the file: created; memory is behind it; not the home of any address."""
+
+_MAPPINGS_FRACTION = 0.8
+"""Of `vm.max_map_count`; the rest is for libraries, thread stacks and everybody else in the process."""
+
+_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+
+
+class HostDriver:
+    """`Driver` for the CPU's memory.
+
+    Args:
+        page_nbytes: a multiple of the system's page size, which is the default. Multiples of the huge page size
+            ask for huge pages, which the system gives where `transparent_hugepage/shmem_enabled` allows it.
+
+    Raises:
+        ConfigError: this is not Linux, or no such page size can be.
+    """
+
+    def __init__(self, page_nbytes: int | None = None) -> None:
+        if sys.platform != "linux":
+            raise ConfigError(f"a KV cache in the CPU's memory needs Linux; this system is {sys.platform}")
+        granularity = os.sysconf("SC_PAGE_SIZE")
+        self._page_nbytes = granularity if page_nbytes is None else page_nbytes
+        if self._page_nbytes <= 0 or self._page_nbytes % granularity:
+            raise ConfigError(
+                f"page_size={page_nbytes} must be a positive multiple of this system's page, {granularity} bytes"
+            )
+        max_map_count = int(Path("/proc/sys/vm/max_map_count").read_text())
+        self._capabilities = Capabilities(
+            name="host",
+            device="cpu",
+            granularity=granularity,
+            addressable=True,
+            recycles=False,
+            faults_unmapped=False,
+            max_mappings=int(max_map_count * _MAPPINGS_FRACTION),
+            exportable=True,
+        )
+        self._advice = _advice(self._page_nbytes)
+        self._populates = _knows_populate()
+        self._fd = os.memfd_create("vattention", os.MFD_CLOEXEC)
+        self._file_pages = 0
+        self._state: Table[np.uint8] = Table(1, np.uint8)  # per page of the file
+        self._shift: Table[np.int64] = Table(1, np.int64)  # per home: page of the file mapped there, minus home
+        self._free_overflow: list[int] = []
+        self._num_overflow = 0
+        self._num_mappings = 0
+        self._ranges: dict[int, int] = {}
+        self._first_pages: dict[int, int] = {}
+        self._starts = np.empty(0, np.int64)
+        self._homes = np.empty(0, np.int64)
+        self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges)
+        # At exit the system takes everything back by itself, while other threads may still be using it.
+        self._give_back.atexit = False
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    @property
+    def page_nbytes(self) -> int:
+        return self._page_nbytes
+
+    @property
+    def num_mappings(self) -> int:
+        """Kernel mappings in use for the reserved ranges."""
+        return self._num_mappings
+
+    def memory_info(self) -> MemoryInfo:
+        return budget.memory_info()
+
+    def reserve(self, nbytes: int) -> int:
+        if nbytes <= 0 or nbytes % self._page_nbytes:
+            raise DriverError("reserve", errno.EINVAL, f"{nbytes} bytes are no multiple of {self._page_nbytes}")
+        slack = self._page_nbytes - self._capabilities.granularity
+        first = self._file_pages
+        with ExitStack() as undo:
+            try:
+                start = libc.mmap(
+                    None,
+                    nbytes + slack,
+                    libc.PROT_NONE,
+                    libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE,
+                )
+                undo.callback(libc.munmap, start, nbytes + slack)
+                self._extend(nbytes // self._page_nbytes)
+                address = -(-start // self._page_nbytes) * self._page_nbytes
+                self._map_file(address, first, nbytes // self._page_nbytes)
+                if address > start:
+                    libc.munmap(start, address - start)
+                if start + slack > address:
+                    libc.munmap(address + nbytes, start + slack - address)
+            except OSError as error:
+                raise reservation_refusal(nbytes, error) from error
+            undo.pop_all()
+        self._ranges[address] = nbytes
+        self._first_pages[address] = first
+        self._num_mappings += 1
+        self._index_ranges()
+        return address
+
+    def free(self, address: int) -> None:
+        if address not in self._ranges:
+            raise DriverError("free", errno.EINVAL, f"no range begins at {address:#x}")
+        try:
+            libc.munmap(address, self._ranges[address])
+        except OSError as error:
+            raise refusal("munmap", error, self._ranges[address]) from error
+        del self._ranges[address], self._first_pages[address]
+        self._num_mappings -= 1
+        self._index_ranges()
+
+    def create(self, addresses: IntArray) -> IntArray:
+        handles = self._home(addresses)
+        # A page may outlive its mapping at home, behind other addresses.
+        taken = (self._state.values[handles] & _ALIVE) != 0
+        if taken.any():
+            handles[taken] = self._take_overflow(int(taken.sum()))
+        self._state.values[handles] |= _ALIVE
+        return handles
+
+    def map(self, addresses: IntArray, handles: IntArray) -> None:
+        shifts = handles - self._home(addresses)
+        away = shifts != 0
+        if away.any():
+            self._remap(addresses[away], shifts[away])
+
+    def set_access(self, addresses: IntArray) -> None:
+        homes = self._home(addresses)
+        pages = homes + self._shift.values[homes]
+        commit = self._populate if self._populates else self._touch
+        for start, count in runs(addresses, self._page_nbytes):
+            try:
+                commit(int(addresses[start]), pages[start : start + count])
+            except OSError as error:
+                fresh = np.unique(pages[(self._state.values[pages] & _RESIDENT) == 0])
+                self._punch(fresh)
+                raise refusal("commit", error, len(addresses) * self._page_nbytes) from error
+        self._state.values[pages] |= _RESIDENT
+
+    def unmap(self, addresses: IntArray) -> None:
+        aliases = self._shift.values[self._home(addresses)] != 0
+        if aliases.any():
+            there = addresses[aliases]
+            self._remap(there, np.zeros_like(there))
+
+    def release(self, handles: IntArray) -> None:
+        pages = np.sort(handles)
+        self._punch(pages)
+        self._state.values[pages] &= _OVERFLOW
+        self._free_overflow += pages[self._state.values[pages] == _OVERFLOW].tolist()
+
+    def export(self, handle: int) -> int:
+        try:
+            return os.dup(self._fd)
+        except OSError as error:
+            raise refusal("dup", error, 0) from error
+
+    def close(self) -> None:
+        self._give_back()
+
+    def _home(self, addresses: IntArray) -> IntArray:
+        """The pages of the file that belong to the addresses."""
+        which = np.searchsorted(self._starts, addresses, side="right") - 1
+        homes: IntArray = addresses // self._page_nbytes + self._homes[which]
+        return homes
+
+    def _index_ranges(self) -> None:
+        self._starts = np.array(sorted(self._ranges), np.int64)
+        first_pages = np.array([self._first_pages[address] for address in sorted(self._ranges)], np.int64)
+        self._homes = first_pages - self._starts // self._page_nbytes
+
+    def _extend(self, num_pages: int) -> None:
+        """Lengthen the file and the tables over it. One entry more than pages: see `_count_edges`."""
+        total = self._file_pages + num_pages
+        self._state.grow(total + 1)
+        self._shift.grow(total + 1)
+        os.ftruncate(self._fd, total * self._page_nbytes)
+        self._file_pages = total
+
+    def _take_overflow(self, count: int) -> list[int]:
+        """Pages of the file that are no address's home."""
+        lacking = count - len(self._free_overflow)
+        if lacking > 0:
+            first, more = self._file_pages, max(lacking, self._num_overflow, 64)
+            try:
+                self._extend(more)
+            except OSError as error:
+                raise refusal("ftruncate", error, more * self._page_nbytes) from error
+            self._state.values[first : first + more] = _OVERFLOW
+            self._num_overflow += more
+            self._free_overflow += range(first + more - 1, first - 1, -1)
+        taken = self._free_overflow[-count:]
+        del self._free_overflow[-count:]
+        return taken
+
+    def _remap(self, addresses: IntArray, shifts: IntArray) -> None:
+        """Map the pages of the file `shifts` away from home behind the addresses; all or none."""
+        homes = self._home(addresses)
+        before = self._shift.values[homes]
+        edges = np.unique(np.concatenate((homes, homes + 1)))
+        num_edges = self._count_edges(edges)
+        with ExitStack() as undo:
+            undo.callback(self._shift.values.__setitem__, homes, before)
+            self._shift.values[homes] = shifts
+            added = self._count_edges(edges) - num_edges
+            self._check_mappings(added, len(addresses))
+            for start, count in runs(addresses, self._page_nbytes, shifts):
+                undo.callback(self._map_back, addresses[start : start + count], before[start : start + count])
+                try:
+                    self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
+                except OSError as error:
+                    raise mapping_refusal(len(addresses) * self._page_nbytes, error) from error
+            undo.pop_all()
+        self._num_mappings += added
+
+    def _map_back(self, addresses: IntArray, shifts: IntArray) -> None:
+        homes = self._home(addresses)
+        for start, count in runs(addresses, self._page_nbytes, shifts):
+            self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
+
+    def _map_file(self, address: int, page: int, count: int) -> None:
+        nbytes = count * self._page_nbytes
+        libc.mmap(
+            address,
+            nbytes,
+            libc.PROT_READ_WRITE,
+            libc.MAP_SHARED | libc.MAP_NORESERVE | libc.MAP_FIXED,
+            self._fd,
+            page * self._page_nbytes,
+        )
+        # The same advice everywhere, or the kernel could not merge neighbours into one mapping again.
+        for advice in self._advice:
+            libc.madvise(address, nbytes, advice)
+
+    def _count_edges(self, pages: IntArray) -> int:
+        """At how many of these pages a kernel mapping ends and another begins: where the shift changes.
+
+        The tables have a last entry that no page has, which stands behind the last page and before the first.
+        """
+        shift = self._shift.values
+        return int(np.count_nonzero(shift[pages] != shift[pages - 1]))
+
+    def _check_mappings(self, added: int, num_pages: int) -> None:
+        allowed = self._capabilities.max_mappings
+        if added > 0 and allowed is not None and self._num_mappings + added > allowed:
+            raise OutOfMemoryError(
+                num_pages * self._page_nbytes,
+                0,
+                f"sharing {num_pages} pages needs {added} more kernel mappings, and {self._num_mappings} of "
+                f"{allowed} are in use; raise the system's vm.max_map_count (sysctl), of which a KV cache takes "
+                f"{_MAPPINGS_FRACTION:.0%}",
+            )
+
+    def _populate(self, address: int, pages: IntArray) -> None:
+        libc.madvise(address, len(pages) * self._page_nbytes, libc.MADV_POPULATE_WRITE)
+
+    def _touch(self, address: int, pages: IntArray) -> None:
+        """What `_populate` does, for kernels before 5.14."""
+        in_order = np.unique(pages)
+        for start, count in runs(in_order, 1):
+            libc.allocate(self._fd, int(in_order[start]) * self._page_nbytes, count * self._page_nbytes)
+        libc.touch(address, len(pages) * self._page_nbytes, self._capabilities.granularity)
+
+    def _punch(self, pages: IntArray) -> None:
+        for start, count in runs(pages, 1):
+            offset, nbytes = int(pages[start]) * self._page_nbytes, count * self._page_nbytes
+            try:
+                libc.punch_hole(self._fd, offset, nbytes)
+            except OSError as error:
+                raise refusal("fallocate", error, nbytes) from error
+
+
+def _give_back(fd: int, ranges: dict[int, int]) -> None:
+    for address, nbytes in ranges.items():
+        libc.munmap(address, nbytes)
+    ranges.clear()
+    os.close(fd)
+
+
+def _advice(page_nbytes: int) -> tuple[int, ...]:
+    """How every mapping is to be treated. A forked child that wrote to shared memory would reach its parent.
+
+    Huge pages just where the page size asks for them, so that a small page never costs 2 MiB.
+    """
+    if not _HUGE_PAGE_SIZE.exists():
+        return (libc.MADV_DONTFORK,)
+    huge = page_nbytes % int(_HUGE_PAGE_SIZE.read_text()) == 0
+    return libc.MADV_DONTFORK, libc.MADV_HUGEPAGE if huge else libc.MADV_NOHUGEPAGE
+
+
+def _knows_populate() -> bool:
+    """Whether the kernel has MADV_POPULATE_WRITE (Linux 5.14): advice it does not know is EINVAL."""
+    with contextlib.suppress(OSError):
+        libc.madvise(0, 0, libc.MADV_POPULATE_WRITE)
+        return True
+    return False
