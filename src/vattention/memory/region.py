@@ -66,7 +66,8 @@ class Region:
 
     def missing(self, indices: IntArray) -> IntArray:
         """Those of `indices` with nothing behind them."""
-        return indices[self._table.values[indices] == 0]
+        lacking: IntArray = indices[self._table.values[indices] == 0]
+        return lacking
 
     def commit(self, indices: IntArray) -> None:
         """Put a new page behind each index: readable, writable and resident."""
@@ -124,7 +125,5 @@ class Region:
             if (indices[1:] <= indices[:-1]).any() or indices[0] < 0 or indices[-1] >= self._num_pages:
                 raise ValueError(f"page indices must ascend within [0, {self._num_pages})")
             if ((self._table.values[indices] != 0) != mapped).any():
-                raise ValueError(
-                    "nothing is mapped at a page index" if mapped else "a page index is mapped already"
-                )
+                raise ValueError(f"a page index is {'not mapped' if mapped else 'mapped already'}")
         return self._address + indices * self._page_nbytes
