@@ -12,10 +12,14 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from vattention.errors import VAttentionError
+
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 """Those that decide how fast matrices multiply, as /proc/cpuinfo names them."""
 
 LIBRARIES = ("torch", "transformers", "numpy", "safetensors", "cuda-bindings", "gguf")
+
+DEVICES = ("cpu", "cuda")
 
 Facts = dict[str, dict[str, Any]]
 """Topic to name to value."""
@@ -32,7 +36,7 @@ def info(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] = Fa
 
 
 def collect() -> Facts:
-    """Look at the machine. Opens a driver, and gives it back."""
+    """Look at the machine. Opens each driver there may be, and gives it back."""
     import vattention
 
     return {
@@ -43,7 +47,7 @@ def collect() -> Facts:
         },
         "cpu": cpu(),
         "memory": memory(),
-        "driver": driver(),
+        **{f"driver for {device}": driver(device) for device in DEVICES},
     }
 
 
@@ -60,30 +64,33 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """The system's memory, whatever this process may use of it, in bytes; and the bound on its mappings."""
+    """The system's memory in bytes, whatever this process may use of it, and the bound on its mappings."""
     fields = _colon_file(Path("/proc/meminfo"))
-    sizes = {
-        name: int(fields[key].removesuffix(" kB")) * 1024
-        for name, key in (("total", "MemTotal"), ("free", "MemFree"), ("available", "MemAvailable"))
-    }
+    sizes = {"total_nbytes": "MemTotal", "free_nbytes": "MemFree", "available_nbytes": "MemAvailable"}
     return {
-        **{f"{name}_nbytes": nbytes for name, nbytes in sizes.items()},
+        **{name: int(fields[key].removesuffix(" kB")) * 1024 for name, key in sizes.items()},
         "max_map_count": int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")),
     }
 
 
-def driver() -> dict[str, Any]:
-    """What the driver for host memory can do, and how much memory it would give a KV cache now."""
+def driver(device: str) -> dict[str, Any]:
+    """What a driver can do, and the memory it would give a KV cache now; or why there is none."""
     from vattention.memory import open_driver
 
-    opened = open_driver("cpu", None)
     try:
+        opened = open_driver(device)
+    except VAttentionError as error:
+        return {"missing": str(error)}
+    try:
+        capabilities = dataclasses.asdict(opened.capabilities)
         found = opened.memory_info()
         return {
-            **dataclasses.asdict(opened.capabilities),
+            "name": capabilities.pop("name"),
+            "budget_nbytes": found.available_nbytes,
+            "limit_nbytes": found.total_nbytes,
             "page_nbytes": opened.page_nbytes,
-            "available_nbytes": found.available_nbytes,
-            "total_nbytes": found.total_nbytes,
+            "granularity_nbytes": capabilities.pop("granularity"),
+            **capabilities,
         }
     finally:
         opened.close()
