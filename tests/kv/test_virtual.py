@@ -133,7 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
         for slot, stamps in self.stamps.items():
             length = self.lengths[slot]
             for layer, spec in enumerate(SPECS):
-                first = 0 if spec.window is None else max(0, length - spec.window)
+                first = 0 if spec.window is None else max(0, length - spec.window + 1)
                 view = self.cache.layer(layer)
                 expected = torch.tensor(stamps[first:length]) + layer / 8
                 assert torch.equal(view.keys[slot, first:length, 0, -1], expected)
@@ -162,13 +162,19 @@ TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=40, de
 
 def test_growth_maps_only_what_the_tokens_need(cache: VirtualManager) -> None:
     slot = cache.take([0]).slot
-    cache.ensure(slot, 0, 1)
-    one = cache.accounts()
-    cache.ensure(slot, 1, 2)
-    assert cache.accounts().mapped_nbytes == one.mapped_nbytes
-    cache.ensure(slot, 2, 40)
-    assert cache.accounts().mapped_nbytes > one.mapped_nbytes
-    assert cache.accounts().token_nbytes <= cache.accounts().live_nbytes
+    done = 0
+    for length in (1, 2, 5, 6, 9):
+        cache.ensure(slot, done, length)
+        done = length
+        pages = sum(
+            group.num_pages(
+                group.first_needed(length - 1) // group.step * group.step, -(-length // group.step) * group.step
+            )
+            for group in cache._layout.groups
+        )
+        accounts = cache.accounts()
+        assert accounts.mapped_nbytes <= pages * PAGE
+        assert accounts.token_nbytes <= accounts.live_nbytes <= accounts.mapped_nbytes
 
 
 def test_windowed_layers_give_back_what_lies_behind(cache: VirtualManager) -> None:
