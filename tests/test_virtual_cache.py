@@ -110,7 +110,7 @@ def test_tokens_are_those_of_the_dynamic_cache(name: str, way: str) -> None:
     batch, options = WAYS[way]
     expected = generate(name, DynamicCache(config=model(name).config), batch, **options)
     assert torch.equal(generate(name, virtual(name), batch, **options), expected)
-    assert len(expected[:, -30:].unique()) > 5, "the model says too little to compare"
+    assert len(set(expected[:, -30:].flatten().tolist())) > 5, "the model says too little to compare"
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -248,7 +248,7 @@ def test_after_a_shortage_a_reset_cache_works() -> None:
 
 
 def test_attention_that_keeps_other_state_is_refused() -> None:
-    class Hybrid(PreTrainedConfig):
+    class Hybrid(PreTrainedConfig):  # type: ignore[misc]
         layer_types = ("full_attention", "hybrid")
         num_hidden_layers = 2
         max_position_embeddings = 64

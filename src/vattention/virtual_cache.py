@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig
@@ -94,7 +95,7 @@ class VirtualCache(Cache):  # type: ignore[misc]
         return (layer for layer in self.layers if isinstance(layer, VirtualLayer))
 
 
-def _virtual(layer: object, memory: CacheMemory, max_length: int) -> object:
+def _virtual(layer: Any, memory: CacheMemory, max_length: int) -> Any:
     """The layer that takes the place of transformers' dynamic `layer`.
 
     Layers without keys and values (shared, or linear attention with a state of fixed size) stay as they are.

@@ -219,7 +219,7 @@ def test_too_little_memory_leaves_the_layer_as_it_was() -> None:
     layer, reference = full_layer(limit_nbytes=2**16), DynamicLayer()
     keys, _ = layer.update(*tokens(1, 10))
     reference.update(*tokens(1, 10))
-    with pytest.raises(OutOfMemoryError):
+    with pytest.raises(OutOfMemoryError, match="limit_nbytes"):
         layer.update(*tokens(1, 200))
     assert layer.get_seq_length() == 10
     assert torch.equal(keys, reference.keys)
@@ -258,6 +258,17 @@ def test_beams_copy_only_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert copied == 2 * 2  # two tokens of one row, in keys and in values
     layer.reorder_cache(torch.tensor([0, 1, 2]))
     assert copied == 2 * 2
+
+
+def test_beams_that_parted_after_a_crop_are_copied_from_there_on() -> None:
+    layer, reference = full_layer(), DynamicLayer()
+    for each in (layer, reference):
+        each.update(*tokens(1, 20))
+        each.batch_repeat_interleave(2)
+        each.crop(-15)
+        each.update(*tokens(2, 30, seed=1))
+        each.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(layer.keys, reference.keys)
 
 
 def test_tensors_from_inference_mode_grow_outside_of_it() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 
+from vattention.errors import OutOfMemoryError
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver, IntArray
 from vattention.memory.pool import PagePool
@@ -44,15 +46,17 @@ class CacheMemory:
     def __init__(self, page_nbytes: int | None, limit_nbytes: int | None) -> None:
         self.page_nbytes = page_nbytes
         self.limit_nbytes = limit_nbytes
-        self._devices: dict[torch.device, _DeviceMemory] = {}
+        # Weak: with its last tensor a device's memory goes, and with it the traces of former reservations.
+        self._devices: WeakValueDictionary[torch.device, _DeviceMemory] = WeakValueDictionary()
 
     def __reduce__(self) -> tuple[type[CacheMemory], tuple[int | None, int | None]]:
         return CacheMemory, (self.page_nbytes, self.limit_nbytes)
 
     def on(self, device: torch.device) -> _DeviceMemory:
-        if device not in self._devices:
-            self._devices[device] = _DeviceMemory(device, self.page_nbytes, self.limit_nbytes)
-        return self._devices[device]
+        memory = self._devices.get(device)
+        if memory is None:
+            memory = self._devices[device] = _DeviceMemory(device, self.page_nbytes, self.limit_nbytes)
+        return memory
 
 
 class _Reservation:
@@ -131,7 +135,15 @@ class GrowingTensor:
         if self._first_page == self._end_page:
             self._first_page = self._end_page = first * self._token_nbytes // self._page_nbytes
         if end_page > self._end_page:
-            self._region.commit(self._pages(self._end_page, end_page))
+            try:
+                self._region.commit(self._pages(self._end_page, end_page))
+            except OutOfMemoryError as error:
+                raise OutOfMemoryError(
+                    error.needed_nbytes,
+                    error.available_nbytes,
+                    f"VirtualCache has no memory for token {end:,} of {len(self.view)} sequences; use fewer or "
+                    "shorter ones, or raise its limit_nbytes if the machine has more",
+                ) from error
             self._end_page = end_page
 
     def drop_before(self, first: int) -> None:
