@@ -95,7 +95,7 @@ class Region:
         pages = self._table.values[indices]
         with ExitStack() as undo:
             self._driver.unmap(addresses)
-            undo.callback(self._map, addresses, pages, undo)
+            undo.callback(self._map_back, addresses, pages)
             self._pool.drop(pages)
             undo.pop_all()
         self._table.values[indices] = 0
@@ -113,6 +113,10 @@ class Region:
     def _map(self, addresses: IntArray, pages: IntArray, undo: ExitStack) -> None:
         self._driver.map(addresses, self._pool.handles(pages))
         undo.callback(self._driver.unmap, addresses)
+        self._driver.set_access(addresses)
+
+    def _map_back(self, addresses: IntArray, pages: IntArray) -> None:
+        self._driver.map(addresses, self._pool.handles(pages))
         self._driver.set_access(addresses)
 
     def _enter(self, indices: IntArray, pages: IntArray) -> None:
