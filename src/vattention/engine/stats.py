@@ -9,13 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from vattention.engine.request import Request
-from vattention.engine.scheduler import Plan
-from vattention.engine.sequence import Sequence
 from vattention.kv.manager import Accounts
 from vattention.outputs import RequestMetrics
+
+if TYPE_CHECKING:
+    from vattention.engine.request import Request
+    from vattention.engine.scheduler import Plan
+    from vattention.engine.sequence import Sequence
 
 _GRAVITY = ("error", "abort", "length", "stop")
 """Finish reasons, gravest first."""

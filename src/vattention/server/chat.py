@@ -1,0 +1,175 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from vattention.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from vattention.server.generation import Cursor, SampleDelta, finish_reason, outputs_of, usage
+from vattention.server.hangup import until_hangup
+from vattention.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
+from vattention.server.protocol import Usage
+from vattention.server.protocol_chat import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ChatLogprobs,
+)
+from vattention.server.service import Service, response_id
+from vattention.server.sse import Events, EventStream
+
+
+def routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+        service.check_model(body.model)
+        reply = _Reply(service, body)
+        if body.stream:
+            return EventStream(reply.events())
+        return JSONResponse(await until_hangup(request.receive, reply.response()))
+
+    return router
+
+
+class _Reply:
+    """One request: a conversation in, its next message out, whole or in pieces."""
+
+    def __init__(self, service: Service, body: ChatCompletionRequest) -> None:
+        self._service = service
+        self._body = body
+        self._id = response_id("chatcmpl", body)
+        self._created = int(time.time())
+        self._names = TokenNames(service.engine.tokenizer, body.return_tokens_as_token_ids)
+
+    async def response(self) -> ChatCompletion:
+        async with await self._outputs() as outputs:
+            async for _, output in outputs:
+                final = output
+        completion: ChatCompletion = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._service.model_name,
+            "choices": [self._choice(sample) for sample in final.outputs],
+            "usage": usage([final]),
+        }
+        if self._body.return_token_ids:
+            completion["prompt_token_ids"] = final.prompt_token_ids
+        if self._body.prompt_logprobs is not None:
+            completion["prompt_logprobs"] = prompt_logprobs(final.prompt_logprobs or [], self._names)
+        return completion
+
+    async def events(self) -> Events:
+        cursors = [Cursor() for _ in range(self._body.n)]
+        latest: RequestOutput | None = None
+        async with await self._outputs() as outputs:
+            async for _, output in outputs:
+                if latest is None:
+                    for chunk in self._openings(output):
+                        yield chunk
+                latest = output
+                for sample, cursor in zip(output.outputs, cursors, strict=True):
+                    if cursor.finished:
+                        continue
+                    delta = cursor.advance(sample)
+                    if delta.text or delta.finish_reason or (delta.token_ids and self._wants_tokens):
+                        yield self._chunk([self._chunk_choice(sample.index, delta)], output)
+        if latest is not None and self._body.reports_usage:
+            last = self._chunk([], latest)
+            last["usage"] = usage([latest])
+            yield last
+
+    async def _outputs(self) -> AbstractAsyncContextManager[AsyncIterator[tuple[int, RequestOutput]]]:
+        """Check everything, and submit the conversation."""
+        body, service = self._body, self._service
+        params = service.sampling(
+            body,
+            max_tokens=body.token_limit,
+            logprobs=body.top_logprobs if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        token_ids = await service.render(body)
+        service.check_context(token_ids, body.token_limit, body.token_limit_param)
+        return outputs_of(service.engine, [token_ids], params, body.priority)
+
+    @property
+    def _wants_tokens(self) -> bool:
+        return self._body.logprobs or self._body.return_token_ids
+
+    @property
+    def _echoed(self) -> str:
+        """The message that the reply goes on with, where the client wants it back."""
+        last = self._body.messages[-1]
+        return last.text if self._body.echo and last.role == self._body.reply_role else ""
+
+    def _choice(self, sample: CompletionOutput) -> ChatChoice:
+        choice: ChatChoice = {
+            "index": sample.index,
+            "message": {
+                "role": self._body.reply_role,
+                "content": self._echoed + sample.text,
+                "refusal": None,
+            },
+            "logprobs": self._logprobs(sample.token_ids, sample.logprobs),
+            "finish_reason": finish_reason(sample),
+            "stop_reason": sample.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = sample.token_ids
+        return choice
+
+    def _openings(self, output: RequestOutput) -> list[ChatChunk]:
+        """The first chunk of each choice: whose message it is."""
+        chunks = []
+        for index in range(self._body.n):
+            delta: ChatChunkChoice = {
+                "index": index,
+                "delta": {"role": self._body.reply_role, "content": self._echoed},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            chunk = self._chunk([delta], output)
+            if self._body.return_token_ids:
+                chunk["prompt_token_ids"] = output.prompt_token_ids
+            chunks.append(chunk)
+        return chunks
+
+    def _chunk_choice(self, index: int, delta: SampleDelta) -> ChatChunkChoice:
+        choice: ChatChunkChoice = {
+            "index": index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
+            "finish_reason": delta.finish_reason,
+        }
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _logprobs(self, token_ids: list[int], entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
+        if entries is None or not self._body.logprobs:
+            return None
+        return chat_logprobs(token_ids, entries, self._body.top_logprobs, self._names)
+
+    def _chunk(self, choices: list[ChatChunkChoice], output: RequestOutput) -> ChatChunk:
+        chunk: ChatChunk = {
+            "id": self._id,
+            "object": "chat.completion.chunk",
+            "created": self._created,
+            "model": self._service.model_name,
+            "choices": choices,
+        }
+        if self._body.reports_usage:
+            now: Usage | None = usage([output]) if self._body.reports_usage_always else None
+            chunk["usage"] = now
+        return chunk

@@ -1,0 +1,148 @@
+"""From a socket to a drained shutdown: uvicorn around the application, with signals of our own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from vattention.errors import ConfigError
+from vattention.server.app import create_app
+from vattention.server.engine import ServedEngine
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+FLUSH_S = 5
+"""How long responses may take to reach their clients once the engine has stopped."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `serve`. Bind before the model is loaded, so that a port in use is found out at once.
+
+    Args:
+        port: 0 for one that is free.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror}; choose another --host") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(
+    engine: ServedEngine,
+    listener: socket.socket,
+    *,
+    served_model_name: str | None = None,
+    api_key: str | None = None,
+    chat_template: str | None = None,
+    drain_timeout_s: float = 30.0,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serve `engine` until SIGTERM or SIGINT, and shut it down. Must run on the main thread.
+
+    The first signal drains: new requests get 503, running ones go on for at most `drain_timeout_s`. A second one
+    ends the process at once.
+
+    Args:
+        listener: from `bind`; closed at the end.
+        served_model_name, api_key, chat_template: as for `create_app`.
+        on_ready: called with the server's URL once it answers.
+    """
+    try:
+        app = create_app(engine, served_model_name=served_model_name, api_key=api_key, chat_template=chat_template)
+        config = uvicorn.Config(
+            app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FLUSH_S,
+        )
+        url = url_of(listener)
+        server = _Server(config, engine, drain_timeout_s, on_ready=lambda: on_ready(url) if on_ready else None)
+        asyncio.run(server.serve(sockets=[listener]))
+    finally:
+        listener.close()
+        engine.shutdown()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on a signal would close its socket first, made to drain the engine before."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        engine: ServedEngine,
+        drain_timeout_s: float,
+        on_ready: Callable[[], None],
+    ) -> None:
+        super().__init__(config)
+        self._engine = engine
+        self._drain_timeout_s = drain_timeout_s
+        self._on_ready = on_ready
+        self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(number))
+            return
+        # The kernel frees everything faster than we could.
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    async def _drain(self, number: signal.Signals) -> None:
+        logger.info(
+            "%s: running requests have %g s to finish; once more stops at once", number.name, self._drain_timeout_s
+        )
+        try:
+            await self._engine.drain(self._drain_timeout_s)
+            # What still runs ends with an error that its clients are told.
+            await asyncio.to_thread(self._engine.shutdown)
+        finally:
+            self.should_exit = True

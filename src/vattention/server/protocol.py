@@ -1,0 +1,205 @@
+"""What the APIs' request bodies have in common.
+
+Every field of OpenAI's and vLLM's requests falls into one of three groups: it is honoured (a field of the model),
+it changes nothing here and is let through (`ignored`), or it is refused by name unless its value asks for nothing
+(`unsupported`). A field nobody knows is refused too, as OpenAI does: a misspelt one should not be lost silently.
+null means the same as leaving a field out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+MAX_SAMPLES = 128
+"""Most samples of one prompt, as OpenAI's API has it."""
+
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def _check_unicode(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("must be valid Unicode, without lone surrogates") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_check_unicode)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Body(BaseModel):
+    """A request body: strictly typed, and closed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = Field(default_factory=dict)
+    """Field names, with the values that ask for nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        kept = {}
+        for name, value in data.items():
+            if value is None or name in cls.ignored:
+                continue
+            if name not in cls.unsupported:
+                kept[name] = value
+            elif value not in cls.unsupported[name]:
+                raise invalid(name, f"{name} is not supported by this server", kind="unsupported_parameter")
+        return kept
+
+
+def invalid(param: str, message: str, *, kind: str = "value_error") -> PydanticCustomError:
+    """A validation error about one field, for validators that look at several."""
+    return PydanticCustomError(kind, message, {"param": param})
+
+
+class ModelBody(Body):
+    """A body that may name the model; without it the one served is meant."""
+
+    model: str | None = None
+
+
+class StreamOptions(Body):
+    """What else a stream reports."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class SamplingBody(ModelBody):
+    """Sampling and streaming, the same for completions and chat."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"user", "service_tier"})
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "cache_salt": (),
+        "guided_choice": (),
+        "guided_decoding_backend": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "kv_transfer_params": (),
+        "length_penalty": (1.0,),
+        "repetition_detection": (),
+        "response_format": ({"type": "text"},),
+        "spaces_between_special_tokens": (True,),
+        "structured_outputs": (),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
+
+    n: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: Int64 | None = None
+    stop: Annotated[list[Text], BeforeValidator(_as_list)] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] = Field(default_factory=dict)
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = None
+    priority: Int64 = 0
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    request_id: Annotated[Text, Field(max_length=256)] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+
+    _sampling_fields: ClassVar[tuple[str, ...]] = (
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "ignore_eos",
+        "min_tokens",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "skip_special_tokens",
+        "prompt_logprobs",
+    )
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> SamplingBody:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options needs stream=true")
+        if self.stream and self.prompt_logprobs is not None:
+            raise invalid("prompt_logprobs", "prompt_logprobs cannot be streamed")
+        return self
+
+    def asked_sampling(self) -> dict[str, Any]:
+        """Arguments for `SamplingParams`: only those that the client sent."""
+        return {name: getattr(self, name) for name in self._sampling_fields if name in self.model_fields_set}
+
+    @property
+    def reports_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def reports_usage_always(self) -> bool:
+        return self.reports_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class PromptTokensDetails(TypedDict):
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of all prompts and all samples of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class PromptLogprob(TypedDict):
+    """One alternative at one position of the prompt, as vLLM reports it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+FinishReason = Literal["stop", "length"]
+
+
+class ChoiceExtras(TypedDict):
+    """vLLM's additions to a choice."""
+
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs | None]

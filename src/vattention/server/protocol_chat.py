@@ -1,0 +1,250 @@
+"""Bodies of /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from vattention.server.protocol import (
+    Body,
+    FinishReason,
+    ModelBody,
+    PromptLogprobs,
+    SamplingBody,
+    Text,
+    Usage,
+    invalid,
+)
+
+TEMPLATE_ARGUMENTS = frozenset(
+    {
+        "add_generation_prompt",
+        "add_special_tokens",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "template",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+"""Names that chat_template_kwargs may not set: they belong to the renderer, not to the template."""
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class TextPart(Body):
+    """Part of a message's content; this server takes text only."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Body):
+    """One message; content is a text or a list of text parts."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"refusal"})
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
+
+    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts)] = Field(default_factory=list)
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if "content" not in self.model_fields_set and self.role != "assistant":
+            raise invalid("messages", f"a message of role {self.role} needs content")
+        return self
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.content)
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates know messages: to them a developer is the system."""
+        given: dict[str, str] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.text,
+        }
+        for name in ("name", "tool_call_id"):
+            if getattr(self, name) is not None:
+                given[name] = getattr(self, name)
+        return given
+
+
+class Conversation(ModelBody):
+    """Messages, and how the chat template turns them into a prompt."""
+
+    # A template is a program: one from a client could keep the server busy for as long as it likes.
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "add_special_tokens": (False,),
+        "chat_template": (),
+        "documents": ([],),
+        "functions": ([],),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "tools": ([],),
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Conversation:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise invalid(
+                "continue_final_message", "cannot be combined with add_generation_prompt: choose one of them"
+            )
+        reserved = sorted(TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys())
+        if reserved:
+            raise invalid("chat_template_kwargs", f"may not set {reserved[0]}")
+        return self
+
+    @property
+    def opens_reply(self) -> bool:
+        """Whether the prompt ends with the beginning of the assistant's message."""
+        if self.add_generation_prompt is None:
+            return not self.continue_final_message
+        return self.add_generation_prompt
+
+    @property
+    def reply_role(self) -> str:
+        return "assistant" if self.opens_reply else self.messages[-1].role
+
+
+class ChatCompletionRequest(SamplingBody, Conversation):
+    """A request for the next message of a conversation."""
+
+    ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | {
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "safety_identifier",
+        "store",
+    }
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **SamplingBody.unsupported,
+        **Conversation.unsupported,
+        "audio": (),
+        "function_call": ("none", "auto"),
+        "include_reasoning": (True,),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": ("in_memory", "in-memory"),
+        "reasoning_effort": ("none",),
+        "return_prompt_text": (False,),
+        "thinking_token_budget": (),
+        "tool_choice": ("none", "auto"),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise invalid("top_logprobs", "needs logprobs=true")
+        if (
+            None not in (self.max_tokens, self.max_completion_tokens)
+            and self.max_tokens != self.max_completion_tokens
+        ):
+            raise invalid("max_tokens", "says another number than max_completion_tokens; send one of them")
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def token_limit_param(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+
+class ChatLogprob(TypedDict):
+    """`bytes` is the token's UTF-8, or None for a token that holds only a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatTokenLogprob(ChatLogprob):
+    top_logprobs: list[ChatLogprob]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ReplyMessage(TypedDict):
+    role: str
+    content: str
+    refusal: None
+
+
+class Delta(TypedDict, total=False):
+    role: str
+    content: str
+
+
+class ChatChoice(TypedDict):
+    index: int
+    message: ReplyMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: int | str | None
+    token_ids: NotRequired[list[int]]
+
+
+class ChatCompletion(TypedDict):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs | None]
+
+
+class ChatChunkChoice(TypedDict):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: NotRequired[int | str | None]
+    token_ids: NotRequired[list[int]]
+
+
+class ChatChunk(TypedDict):
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[list[int]]

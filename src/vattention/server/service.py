@@ -1,0 +1,113 @@
+"""What the routes share: the engine under its public name, and the way from a request to prompt and parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from vattention.errors import ContextLengthError, RequestError
+from vattention.sampling_params import SamplingParams
+from vattention.server.engine import ServedEngine, TextTokenizer
+from vattention.server.errors import MODEL_NOT_FOUND
+from vattention.server.protocol import SamplingBody
+from vattention.server.protocol_chat import Conversation
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One served model.
+
+    Attributes:
+        model_name: what clients call it.
+        chat_template: a Jinja template in place of the model's own.
+        worker: runs the tokenizer, so that a long prompt does not hold up the others' streams.
+        created: when it began to serve, in Unix seconds.
+    """
+
+    engine: ServedEngine
+    model_name: str
+    chat_template: str | None
+    worker: Executor
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Raises:
+        RequestError: the engine serves token ids only.
+        """
+        if self.engine.tokenizer is None:
+            raise RequestError("this server has no tokenizer: it completes token ids only", param="prompt")
+        return self.engine.tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """Raises:
+        RequestError: a model of that name is not served here.
+        """
+        if name not in (None, self.model_name):
+            raise RequestError(
+                f"there is no model {name!r} here; this server has {self.model_name!r}",
+                param="model",
+                code=MODEL_NOT_FOUND,
+            )
+
+    def check_context(self, token_ids: Sequence[int], max_tokens: int | None, param: str) -> None:
+        """Raises:
+        ContextLengthError: prompt and `max_tokens`, which the client sent as `param`, exceed the context.
+        """
+        limit = self.engine.max_model_len
+        if max_tokens is not None and len(token_ids) < limit < len(token_ids) + max_tokens:
+            raise ContextLengthError(
+                f"the prompt has {len(token_ids):,} tokens and {param} asks for {max_tokens:,} more, but this "
+                f"model's context is {limit:,} tokens; shorten the prompt or ask for fewer",
+                param=param,
+            )
+
+    async def in_worker(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        tokenizer = self.tokenizer
+        return await self.in_worker(lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    async def render(self, conversation: Conversation) -> list[int]:
+        """The conversation as a prompt, through the chat template.
+
+        Raises:
+            RequestError: the template refuses it, or there is no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        messages = [message.for_template() for message in conversation.messages]
+        return await self.in_worker(
+            lambda: tokenizer.apply_chat_template(
+                messages,
+                template=self.chat_template,
+                add_generation_prompt=conversation.opens_reply,
+                continue_final_message=conversation.continue_final_message,
+                **conversation.chat_template_kwargs,
+            )
+        )
+
+    def sampling(
+        self, body: SamplingBody, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """What the client asked for, and the model's recommended values elsewhere.
+
+        Raises:
+            RequestError: a value is out of range.
+        """
+        values = {**self.engine.default_sampling, **body.asked_sampling()}
+        values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+        if max_tokens is not None or "max_tokens" not in values:
+            values["max_tokens"] = max_tokens
+        return SamplingParams(**values)
+
+
+def response_id(prefix: str, body: SamplingBody) -> str:
+    return f"{prefix}-{body.request_id or uuid.uuid4().hex}"

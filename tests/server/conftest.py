@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from fastapi import FastAPI
+
+from tests.server.fake_engine import FakeEngine
+from vattention.server import bind, create_app
+from vattention.server.lifecycle import url_of
+
+
+@dataclass(frozen=True)
+class Live:
+    """A server that listens, and the engine behind it."""
+
+    url: str
+    engine: FakeEngine
+    loop: asyncio.AbstractEventLoop
+
+    def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, **options)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def on_loop(self, function: Callable[[], object]) -> None:
+        self.loop.call_soon_threadsafe(function)
+
+
+@contextmanager
+def live(app: FastAPI, engine: FakeEngine) -> Iterator[Live]:
+    """Run `app` in a thread on a free port."""
+    listener = bind("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    )
+    loops: list[asyncio.AbstractEventLoop] = []
+    started = threading.Event()
+
+    async def run() -> None:
+        loops.append(asyncio.get_running_loop())
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.005)
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    try:
+        assert started.wait(10)
+        yield Live(url_of(listener), engine, loops[0])
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+Serve = Callable[..., Live]
+
+
+@pytest.fixture
+def serve_app() -> Iterator[Serve]:
+    """Starts servers: serve_app(engine, **options of create_app)."""
+    with ExitStack() as stack:
+
+        def start(engine: FakeEngine | None = None, **options: Any) -> Live:
+            engine = engine or FakeEngine()
+            return stack.enter_context(live(create_app(engine, **options), engine))
+
+        yield start
+
+
+@pytest.fixture
+def server(serve_app: Serve) -> Live:
+    return serve_app()
+
+
+@pytest.fixture
+def client(server: Live) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
