@@ -17,8 +17,8 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 # One environment for users and developers: next to torch, the development tools weigh nothing.
-# The stamp makes later calls instant, until the dependencies change.
-$(INSTALLED): pyproject.toml
+# The stamp makes later calls instant, until the dependencies or the compiled kernels change.
+$(INSTALLED): pyproject.toml $(wildcard src/vattention/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,5 +37,5 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info src/vattention/native/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,11 +39,3 @@ def test_a_missing_driver_is_told_and_no_error(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr("vattention.memory.open_driver", refuse)
     assert info.driver("cuda") == {"missing": "no such device"}
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (4096, "4 KiB"), (3 * 2**29, "1.5 GiB"), (5000 * 2**30, "5,000 GiB")],
-)
-def test_sizes(nbytes: int, text: str) -> None:
-    assert info.size(nbytes) == text

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,13 +99,14 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_is_there_at_once() -> None:
-    def timed() -> float:
-        start = time.perf_counter()
+    def processor_time_s() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert python("-m", "vattention", "--help").returncode == 0
-        return time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The best of three: other work on the machine is not the command's fault.
-    assert min(timed() for _ in range(3)) < 0.5
+    # Not the clock's time, and the best of three: other work on the machine is not the command's fault.
+    assert min(processor_time_s() for _ in range(3)) < 0.5
 
 
 def test_the_module_runs_and_hands_on_the_status() -> None:

@@ -61,7 +61,7 @@ def test_only_what_the_user_gave_arrives() -> None:
 
 
 def test_values_have_the_fields_types() -> None:
-    given = run("mini --body red --roof blue --doors 5 --no-shiny --matt --weights 3=1.5 --weights 4=-2")["colours"]
+    given = run("mini --body red --roof blue --doors 5 --no-shiny --matt --weights 3 1.5 --weights 4 -2")["colours"]
     assert given == {
         "body": "red",
         "roof": "blue",
@@ -86,7 +86,7 @@ def test_a_command_may_have_other_defaults_and_fewer_options() -> None:
         ("mini --body red --doors many", "--doors"),
         ("mini --body red --no-matt", "Unknown option"),
         ("mini --body red --weights 3", "--weights"),
-        ("mini --body red --weights a=3", "--weights"),
+        ("mini --body red --weights a 3", "--weights"),
     ],
 )
 def test_wrong_options_are_refused(arguments: str, message: str) -> None:
@@ -116,8 +116,10 @@ def test_every_field_of_the_real_options_has_a_help_text(cls: type) -> None:
 def test_every_field_of_the_real_options_is_an_option_with_its_default(cls: type) -> None:
     parameters = {parameter.name: parameter for parameter in OptionsOf(cls, "Options").parameters()}
     for made in dataclasses.fields(cls):
-        factory = made.default_factory
-        expected = made.default if factory is dataclasses.MISSING else factory()
-        if expected is dataclasses.MISSING:
-            expected = inspect.Parameter.empty
-        assert parameters[made.name].default == expected
+        default = parameters[made.name].default
+        if made.default_factory is not dataclasses.MISSING:
+            assert dict(default) == made.default_factory()
+        elif made.default is dataclasses.MISSING:
+            assert default is inspect.Parameter.empty
+        else:
+            assert default == made.default

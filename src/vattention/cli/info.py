@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from vattention.cli.sizes import size
 from vattention.errors import VAttentionError
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
@@ -37,11 +38,11 @@ def info(*, as_json: Annotated[bool, Parameter(name="--json", negative=())] = Fa
 
 def collect() -> Facts:
     """Look at the machine. Opens each driver there may be, and gives it back."""
-    import vattention
+    from vattention import __version__
 
     return {
         "versions": {
-            "vattention": vattention.__version__,
+            "vattention": __version__,
             "python": platform.python_version(),
             **{name: _version(name) for name in LIBRARIES},
         },
@@ -105,14 +106,6 @@ def render(facts: Facts) -> str:
             label = name.removesuffix("_nbytes").replace("_", " ")
             lines.append(f"  {label:<18} {size(value) if name.endswith('_nbytes') else _text(value)}")
     return "\n".join(lines)
-
-
-def size(nbytes: int) -> str:
-    """Bytes in the largest unit that leaves a number above one."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:,.4g} {unit}"
-    return f"{nbytes} bytes"
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from cyclopts import Group, Parameter, Token
+from cyclopts import Group, Parameter
 
 Options = dict[str, Any]
 """Options by field name. Those that nobody gave are missing, so that the dataclass's own defaults hold."""
@@ -36,44 +36,48 @@ class OptionsOf:
     def parameters(self) -> list[inspect.Parameter]:
         """One keyword-only parameter per field, annotated for cyclopts."""
         group = Group.create_ordered(self.title)
-        hints = typing.get_type_hints(self.cls)
         helps = attribute_docs(self.cls)
         return [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=self.defaults.get(field.name, _default(field)),
-                annotation=_annotation(field, hints[field.name], helps[field.name], group),
+                annotation=_annotation(field, hint, helps[field.name], group),
             )
-            for field in dataclasses.fields(self.cls)
-            if field.name not in self.omit
+            for field, hint in self._fields()
         ]
+
+    def gather(self, given: Mapping[str, Any]) -> Options:
+        """Values of the fields: those the user gave over this command's defaults. Other names are left out."""
+        options = dict(self.defaults)
+        for field, hint in self._fields():
+            if field.name in given:
+                value = given[field.name]
+                options[field.name] = dict(value) if typing.get_origin(hint) is Mapping else value
+        return options
+
+    def _fields(self) -> list[tuple[dataclasses.Field[Any], Any]]:
+        """Fields with their types."""
+        hints = typing.get_type_hints(self.cls)
+        return [(field, hints[field.name]) for field in dataclasses.fields(self.cls) if field.name not in self.omit]
 
 
 def takes(**sources: OptionsOf) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace a command's keyword arguments named in `sources` by the options they stand for.
 
-    The command still receives one `Options` dict for each of those arguments, with what the user gave and the
-    source's `defaults`.
+    The command still receives one `Options` dict for each of those arguments, as `OptionsOf.gather` makes it.
     """
-    owners = {p.name: argument for argument, source in sources.items() for p in source.parameters()}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True)
+        kept = [p for name, p in signature.parameters.items() if name not in sources]
+        made = [parameter for source in sources.values() for parameter in source.parameters()]
 
         @functools.wraps(command)
         def with_options(*args: Any, **kwargs: Any) -> None:
-            gathered: dict[str, Options] = {name: dict(source.defaults) for name, source in sources.items()}
-            own = {}
-            for name, value in kwargs.items():
-                if name in owners:
-                    gathered[owners[name]][name] = value
-                else:
-                    own[name] = value
-            command(*args, **own, **gathered)
+            own = {p.name: kwargs[p.name] for p in kept if p.name in kwargs}
+            command(*args, **own, **{argument: source.gather(kwargs) for argument, source in sources.items()})
 
-        kept = [p for name, p in signature.parameters.items() if name not in sources]
-        made = [parameter for source in sources.values() for parameter in source.parameters()]
         with_options.__signature__ = signature.replace(parameters=[*kept, *made])  # type: ignore[attr-defined]
         with_options.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
         return with_options
@@ -93,7 +97,8 @@ def attribute_docs(cls: type) -> dict[str, str]:
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
+        made = field.default_factory()
+        return tuple(made.items()) if isinstance(made, Mapping) else made
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
@@ -104,18 +109,11 @@ def _annotation(field: dataclasses.Field[Any], hint: Any, text: str, group: Grou
         # "--no-..." makes sense only for what is on by default.
         look = {"negative": None if field.default else ()}
     elif typing.get_origin(hint) is Mapping:
-        # cyclopts hands a converter all occurrences of an option only where its type is a sequence.
-        hint = Sequence[str]
-        look = {"metavar": "ID=NUMBER", "converter": _pairs, "negative": (), "show_default": False}
+        hint = Sequence[tuple[int, float]]
+        look = {"metavar": "ID NUMBER", "negative": (), "show_default": False}
     elif field.default == ():
         hint = Sequence[str] if hint == str | Sequence[str] else hint
         look = {"negative": (), "show_default": False}
     elif {int, str} <= set(typing.get_args(hint)):
         look = {"metavar": "SIZE"}
     return Annotated[hint, Parameter(help=text, group=group, **look)]
-
-
-def _pairs(_hint: Any, tokens: Sequence[Token]) -> dict[int, float]:
-    """Read "ID=NUMBER", given any number of times."""
-    pairs = (token.value.partition("=") for token in tokens)
-    return {int(key): float(number) for key, _, number in pairs}
