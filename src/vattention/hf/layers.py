@@ -131,7 +131,7 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; their pages go back, but for one in each row.
+        """Forget the last `-tokens_to_remove` tokens; their memory goes back, but for 16 KiB or a page per row.
 
         Raises:
             RequestError: the number is positive; or tokens would be visible again that fell behind the window and
