@@ -1,0 +1,316 @@
+"""Linear layers that run fast on processors, whatever arithmetic those have for the weight's type.
+
+torch multiplies bfloat16 well only where the processor has bfloat16 instructions (AVX512_BF16, AMX, recent Arm).
+Elsewhere it is several times slower than float32. Three ways to compute the same product stand behind one
+interface here; `fastest_method` measures which one this machine likes for a shape.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import time
+from typing import ClassVar, Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vattention.native import LinearWeight, linear_library
+
+_COLUMNS = 32
+"""Output columns in a panel of a weight packed for linear.c."""
+
+_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+_HUGE_PAGE_NBYTES = 2 << 20
+
+
+@runtime_checkable
+class LinearMethod(Protocol):
+    """One way to compute y = x W^T + b for a weight [out, in] it holds in a form of its own.
+
+    Attributes:
+        name: for reports.
+        nbytes: memory of the weight in this form.
+    """
+
+    name: ClassVar[str]
+    nbytes: int
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        """Brings the weight, and the bias [out] if there is one, into this form."""
+        ...
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        """Whether this machine can do it for weights of this type."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y[rows, out] for x[rows, in] of the weight's type; rows may be 0 and strides anything."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The weight [out, in] as it was given; a new tensor where the form differs."""
+        ...
+
+
+class TorchLinear:
+    """`F.linear` on the weight as it is; from `widen_rows` rows in float32, blocks of the weight after another.
+
+    Widening a bfloat16 block once and multiplying in float32 costs less than emulated bfloat16 arithmetic where
+    enough rows share the block. It needs no copy of the weight.
+    """
+
+    name: ClassVar[str] = "torch"
+    widen_rows: ClassVar[int] = 32
+    block_nbytes: ClassVar[int] = 4 << 20
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, widen: bool = False) -> None:
+        self._weight, self._bias = weight, bias
+        self._widen = widen and weight.dtype != torch.float32
+        self._block = max(1, self.block_nbytes // (4 * weight.shape[1]))
+        self.nbytes = weight.nbytes
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight, bias)
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self._widen or x.shape[0] < self.widen_rows:
+            return F.linear(x, self._weight, self._bias)
+        y = x.new_empty(x.shape[0], self._weight.shape[0])
+        wide = x.float()
+        for start in range(0, self._weight.shape[0], self._block):
+            part = slice(start, start + self._block)
+            bias = None if self._bias is None else self._bias[part].float()
+            y[:, part] = F.linear(wide, self._weight[part].float(), bias)
+        return y
+
+    def weight(self) -> Tensor:
+        return self._weight
+
+
+class WideningLinear(TorchLinear):
+    """`TorchLinear` that widens."""
+
+    name: ClassVar[str] = "widening"
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight, bias, widen=True)
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
+
+class OneDnnLinear:
+    """oneDNN's product with a weight reordered once instead of in each call."""
+
+    name: ClassVar[str] = "onednn"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._bias = bias
+        self._shape = weight.shape
+        self.nbytes = weight.nbytes
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight, bias)
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        if not torch.backends.mkldnn.is_available():
+            return False
+        if dtype == torch.bfloat16:
+            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return dtype == torch.float32
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_empty(0, self._shape[0])
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self._bias, "none", [], "")
+        return y
+
+    def weight(self) -> Tensor:
+        return self._packed.to_dense().view(self._shape)
+
+
+class NativeLinear:
+    """The kernel of native/linear.c: one packed copy of the weight, computed in float32 at any number of rows."""
+
+    name: ClassVar[str] = "native"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        library = linear_library()
+        if library is None:
+            raise RuntimeError("the compiled linear kernel is not there; ask available() first")
+        self._library = library
+        num_out, num_in = weight.shape
+        self._num_out, self._num_in = num_out, num_in
+        self._panels = _pack(weight)
+        self._bias = None
+        if bias is not None:
+            self._bias = F.pad(bias.float(), (0, -num_out % _COLUMNS))
+        self.nbytes = self._panels.nbytes
+        self._native = LinearWeight(
+            self._panels.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            num_out,
+            num_in,
+            library.dtypes[weight.dtype],
+        )
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight, bias)
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        library = linear_library()
+        return library is not None and dtype in library.dtypes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self._panels.dtype or x.shape[1] != self._num_in:
+            raise RuntimeError(
+                f"x is {x.dtype} of {x.shape[1]} columns; the weight is {self._panels.dtype} of {self._num_in}"
+            )
+        y = x.new_empty(x.shape[0], self._num_out)
+        if x.shape[0] > 0:
+            self._library.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
+        return y
+
+    def weight(self) -> Tensor:
+        rows = _rows_view(self._panels).reshape(-1, self._num_in)
+        return rows[: self._num_out].contiguous()
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Panels for linear.c, [ceil(out / 32), in, 32] numbers, on huge pages where the system gives them."""
+    num_out, num_in = weight.shape
+    num_panels = math.ceil(num_out / _COLUMNS)
+    panels = _huge_empty(num_panels * num_in * _COLUMNS, weight.dtype).view(num_panels, num_in, _COLUMNS)
+    whole = num_out // _COLUMNS
+    rows = _rows_view(panels)
+    rows[:whole].copy_(weight[: whole * _COLUMNS].view(whole, *rows.shape[1:]))
+    if whole < num_panels:
+        rest = weight[whole * _COLUMNS :]
+        padded = F.pad(rest, (0, 0, 0, _COLUMNS - rest.shape[0]))
+        rows[whole:].copy_(padded.view(1, *rows.shape[1:]))
+    return panels
+
+
+def _rows_view(panels: Tensor) -> Tensor:
+    """Panels seen in the order of the weight's rows: [panels, ..., in], 32 rows each.
+
+    A pair of bfloat16 is one 32-bit word of linear.c, whose lower half holds one of the panel's first 16 rows.
+    """
+    if panels.dtype == torch.float32:
+        return panels.transpose(1, 2)
+    return panels.view(panels.shape[0], panels.shape[1], _COLUMNS // 2, 2).permute(0, 3, 2, 1)
+
+
+def _huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor that starts at a cache line; a large one at a huge page, and asks for those.
+
+    Streaming a weight through 4 KiB pages spends a tenth of the bandwidth on misses of the translation buffer.
+    """
+    nbytes = numel * dtype.itemsize
+    huge = nbytes >= _HUGE_PAGE_NBYTES and _MADV_HUGEPAGE is not None
+    alignment = _HUGE_PAGE_NBYTES if huge else 64
+    buffer = torch.empty(nbytes + alignment, dtype=torch.uint8)
+    start = -buffer.data_ptr() % alignment
+    if huge:
+        # A hint: a system that refuses it is slower, not wrong.
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(buffer.data_ptr() + start), ctypes.c_size_t(nbytes), ctypes.c_int(_MADV_HUGEPAGE)
+        )
+    return buffer[start : start + nbytes].view(dtype)
+
+
+METHODS: tuple[type[LinearMethod], ...] = (TorchLinear, WideningLinear, OneDnnLinear, NativeLinear)
+"""All methods; the first is what `nn.Linear` does."""
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` for inference, by one of the methods above. It has no parameters and no gradients."""
+
+    def __init__(self, method: LinearMethod, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.method = method
+        self.in_features = in_features
+        self.out_features = out_features
+
+    @classmethod
+    def of(cls, linear: nn.Linear, method: type[LinearMethod]) -> PackedLinear:
+        """A replacement of `linear`, which stays as it is."""
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(method.pack(linear.weight.detach(), bias), linear.in_features, linear.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [out, in]; unpacked in each access, which takes long."""
+        return self.method.weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y[..., out] for x[..., in]."""
+        y = self.method(x.reshape(-1, self.in_features))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, method={self.method.name}"
+
+
+_MEASURED_ROWS = (1, 8, 64)
+"""A lone decode, a small batch of decodes, and the fewest rows at which computing bounds all methods."""
+_MEASURED_NUMEL = 1 << 19
+_REPEATS = 4
+_WORTHWHILE = 0.9
+
+
+def fastest_method(num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
+    """Measures the methods at 1, 8 and 64 rows and returns the one with the least geometric mean time.
+
+    A large weight is stood for by a part of its rows; the measurement takes some ten milliseconds. It runs on
+    one thread, and each method's least time counts: other processes add to a time and, where two
+    threads wait for each other, multiply it. `TorchLinear` wins unless another takes less than 0.9 of its time,
+    for packing copies the weight.
+    """
+    num_out = max(1, min(num_out, _MEASURED_NUMEL // num_in))
+    weight = _random(num_out, num_in, dtype)
+    candidates = [method for method in METHODS if method.available(dtype)]
+    packed = [method.pack(weight, None) for method in candidates]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        scores = [_mean_log_time(method, num_in, dtype) for method in packed]
+    finally:
+        torch.set_num_threads(num_threads)
+    best = min(range(len(packed)), key=scores.__getitem__)
+    return candidates[best] if math.exp(scores[best] - scores[0]) < _WORTHWHILE else candidates[0]
+
+
+def _mean_log_time(method: LinearMethod, num_in: int, dtype: torch.dtype) -> float:
+    total = 0.0
+    for rows in _MEASURED_ROWS:
+        x = _random(rows, num_in, dtype)
+        times = []
+        for _ in range(_REPEATS):
+            begin = time.perf_counter()
+            method(x)
+            times.append(time.perf_counter() - begin)
+        total += math.log(min(times))
+    return total / len(_MEASURED_ROWS)
+
+
+def _random(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Random numbers that leave torch's global generator as it is."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
