@@ -22,7 +22,7 @@ ARROWS = {
     "engine": frozenset({"model", "kv"}),
     "bench": frozenset({"engine"}),
     "server": frozenset({"engine", "kv.manager"}),
-    "cli": frozenset({"attention", "bench", "engine", "memory", "server"}),
+    "cli": frozenset({"attention", "bench", "engine", "memory", "native", "server"}),
     "llm": frozenset({"engine", "model.tokenizer"}),
     "hf": frozenset({"memory"}),
     "virtual_cache": frozenset({"hf"}),

@@ -18,6 +18,7 @@ def test_json_says_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> N
     assert facts["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert 0 < facts["memory"]["free_nbytes"] < facts["memory"]["total_nbytes"]
     assert facts["memory"]["max_map_count"] > 0
+    assert "sdpa" in facts["kernels"]["attention"]
     host = facts["driver for cpu"]
     assert host["name"] == "host"
     assert host["page_nbytes"] % host["granularity_nbytes"] == 0

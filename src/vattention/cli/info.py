@@ -48,6 +48,7 @@ def collect() -> Facts:
         },
         "cpu": cpu(),
         "memory": memory(),
+        "kernels": kernels(),
         **{f"driver for {device}": driver(device) for device in DEVICES},
     }
 
@@ -72,6 +73,14 @@ def memory() -> dict[str, Any]:
         **{name: int(fields[key].removesuffix(" kB")) * 1024 for name, key in sizes.items()},
         "max_map_count": int(Path("/proc/sys/vm/max_map_count").read_text(encoding="ascii")),
     }
+
+
+def kernels() -> dict[str, Any]:
+    """Attention kernels by name, the first choice first; and whether the C kernels were built and can run here."""
+    from vattention.attention.registry import KERNELS
+    from vattention.native import linear_library
+
+    return {"attention": list(KERNELS), "compiled_linear": linear_library() is not None}
 
 
 def driver(device: str) -> dict[str, Any]:
