@@ -127,7 +127,7 @@ def main() -> None:
         raise SystemExit(
             "every request must have ignore_eos, so that both sides generate the same number of tokens"
         )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint(arguments.model), dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     warm_up(model, requests)
     figures = measure(model, requests, arguments.batch_size or len(requests))
     arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
