@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tests.memory.backends import BACKENDS, opened
 from tests.memory.faulty import METHODS, FaultyDriver
@@ -186,9 +186,12 @@ class RegionMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_histories(name: str) -> None:
-    machine = type("Machine", (RegionMachine,), {"backend_name": name})
-    case = machine.TestCase
-    case.settings = settings(
-        max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    class Machine(RegionMachine):
+        backend_name = name
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
     )
-    case().runTest()

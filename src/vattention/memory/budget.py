@@ -49,11 +49,11 @@ def control_groups(root: Path = Path("/")) -> Iterator[Path]:
     """The directories of all control groups that limit this process's memory, versions 1 and 2, innermost first."""
     paths = {}
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
+        _, controllers, group = line.split(":", 2)
         if controllers == "":
-            paths["cgroup2"] = PurePosixPath(path)
+            paths["cgroup2"] = PurePosixPath(group)
         elif "memory" in controllers.split(","):
-            paths["cgroup"] = PurePosixPath(path)
+            paths["cgroup"] = PurePosixPath(group)
     for line in _lines(root / "proc/self/mountinfo"):
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
@@ -96,8 +96,8 @@ def _fields(path: Path, *, unit: int) -> dict[str, int]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a file; none where it does not exist, as the root group has no limit file."""
+    """Lines of a file that say anything; none where it does not exist, as the root group has no limit file."""
     try:
-        return path.read_text().splitlines()
+        return [line for line in path.read_text().splitlines() if line.strip()]
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         return []

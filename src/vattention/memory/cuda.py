@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vattention.errors import ConfigError, DriverError
+from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory.cuda_calls import CudaCalls, claim_context_for_torch, load_bindings
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 from vattention.memory.runs import runs
@@ -146,7 +146,7 @@ class CudaDriver:
             doomed = _unsigned(handles)
             try:
                 self._release(doomed)
-            except DriverError:
+            except (DriverError, OutOfMemoryError):
                 if len(doomed) == len(handles):
                     raise
                 # Some are gone for good, so this call must succeed; the next one meets the error again.

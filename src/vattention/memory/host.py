@@ -266,7 +266,8 @@ class HostDriver:
     def _count_edges(self, pages: IntArray) -> int:
         """At how many of these pages a kernel mapping ends and another begins: where the shift changes.
 
-        The tables have a last entry that no page has, which stands behind the last page and before the first.
+        The tables have a last entry that no page has, which stands behind the last page and before the first. An
+        alias on the first or last page of a range thus counts one too many.
         """
         shift = self._shift.values
         return int(np.count_nonzero(shift[pages] != shift[pages - 1]))
