@@ -65,12 +65,12 @@ def test_a_failed_request_is_told_in_its_line_and_in_the_status(
     runner = FakeRunner(fail_at=1)
     monkeypatch.setattr(LLMEngine, "from_config", lambda _config: fake_engine(runner=runner))
     work, out = tmp_path / "work.jsonl", tmp_path / "out.jsonl"
-    # 64 tokens of prompt do not fit one step, so the second is not in the step that fails.
-    work.write_text('{"prompt_token_ids": [3, 4]}\n' + json.dumps({"prompt_token_ids": [5] * 30, "max_tokens": 2}))
-    assert (
-        main(["generate", "fake", "--input", str(work), "--output", str(out), "--max-num-seqs", "1"]) == USER_ERROR
-    )
-    assert "requests failed" in capsys.readouterr().err
+    # The failing step holds the first prompt and the first chunk of the second; the others come after it.
+    prompts = [[3, 4], [5] * 30, [6], [7], [8]]
+    work.write_text("\n".join(json.dumps({"prompt_token_ids": prompt, "max_tokens": 2}) for prompt in prompts))
+    assert main(["generate", "fake", "--input", str(work), "--output", str(out)]) == USER_ERROR
+    assert "2 of 5 requests failed" in capsys.readouterr().err
+    assert [line["outputs"][0]["finish_reason"] for line in written(out)] == ["error"] * 2 + ["length"] * 3
     first = written(out)[0]
     assert "injected failure" in first["error"]
     assert first["outputs"][0]["finish_reason"] == "error"
