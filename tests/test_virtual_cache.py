@@ -207,6 +207,17 @@ def test_offloaded_layers_come_back_by_themselves_and_on_demand() -> None:
     )
 
 
+def test_a_compiled_model_may_use_it() -> None:
+    llama = model("llama")
+    compiled: Any = torch.compile(llama, backend="eager")
+    past, reference = virtual("llama"), DynamicCache(config=llama.config)
+    ids = prompts(1)["input_ids"]
+    with torch.no_grad():
+        for part in (ids[:, :15], ids[:, 15:16], ids[:, 16:17]):
+            got = compiled(part, past_key_values=past).logits
+            torch.testing.assert_close(got, llama(part, past_key_values=reference).logits)
+
+
 def test_it_looks_like_a_dynamic_cache() -> None:
     config = model("gemma3").config
     past, reference = VirtualCache(config), DynamicCache(config=config)

@@ -70,6 +70,8 @@ class VirtualLayer(CacheLayerMixin):  # type: ignore[misc]
         self._show()
         self.is_initialized = True
 
+    # Mapping memory is nothing that torch.compile could trace.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
