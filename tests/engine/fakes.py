@@ -9,8 +9,8 @@ import torch
 
 from vattention.config import EngineConfig
 from vattention.core import AttentionSpec, Chunk
-from vattention.engine.build import Parts
 from vattention.engine.engine import LLMEngine
+from vattention.engine.parts import Parts
 from vattention.kv.layout import plan
 from vattention.kv.manager import KVManager
 from vattention.kv.virtual import VirtualManager

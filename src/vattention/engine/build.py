@@ -2,45 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from contextlib import ExitStack
 
 from vattention.config import EngineConfig
+from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager
-from vattention.kv.manager import KVManager
 from vattention.model.loader import load
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
+from vattention.model.rope import fix_rope
 from vattention.model.runner import ModelRunner
-from vattention.model.tokenizer import Tokenizer
 from vattention.model.verify import verify
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an engine needs of the rooms below it.
-
-    Attributes:
-        end_token_ids: tokens that end a text.
-        default_sampling: the model's recommended sampling parameters.
-    """
-
-    name: str
-    manager: KVManager
-    runner: ModelRunner
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    max_model_len: int
-    end_token_ids: frozenset[int]
-    default_sampling: Mapping[str, Any]
-
-
 def build(config: EngineConfig) -> Parts:
-    """Load, probe, optimise and verify the model, and put a KV cache under it.
+    """Load, optimise, probe and verify the model, and put a KV cache under it.
 
     Raises:
         ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say; nothing is left behind.
     """
     loaded = load(config)
-    raise NotImplementedError
+    optimize(loaded.model)
+    fix_rope(loaded.model, loaded.max_model_len)
+    attention = probe(loaded.model)
+    with ExitStack() as undo:
+        manager = create_manager(
+            config,
+            attention.cache_specs,
+            dtype=loaded.model.dtype,
+            device=str(loaded.model.device),
+            max_len=loaded.max_model_len,
+        )
+        undo.callback(manager.close)
+        runner = ModelRunner(loaded.model, attention, manager, config.attention)
+        undo.callback(runner.close)
+        verify(loaded.model, runner, manager)
+        undo.pop_all()
+    return Parts(
+        name=loaded.name,
+        manager=manager,
+        runner=runner,
+        tokenizer=loaded.tokenizer,
+        vocab_size=loaded.hf_config.vocab_size,
+        max_model_len=loaded.max_model_len,
+        end_token_ids=loaded.generation.eos_token_ids,
+        default_sampling=loaded.generation.sampling,
+    )

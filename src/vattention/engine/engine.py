@@ -16,8 +16,8 @@ import torch
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
-from vattention.engine.build import Parts, build
 from vattention.engine.intake import Intake
+from vattention.engine.parts import Parts
 from vattention.engine.request import Request
 from vattention.engine.scheduler import Plan, Scheduler
 from vattention.engine.sequence import Sequence
@@ -60,6 +60,8 @@ class LLMEngine:
         Raises:
             ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say.
         """
+        from vattention.engine.build import build  # the model library takes seconds to import
+
         return cls(config, build(config))
 
     @property
@@ -223,7 +225,6 @@ class LLMEngine:
         for sequence in sequences:
             self._scheduler.remove(sequence)
             request = sequence.request
-            if request.finished:
+            if request.finished and self._requests.pop(request.id, None) is not None:
                 request.metrics.finished_time = time.monotonic()
-                del self._requests[request.id]
                 self._stats.finished(request)

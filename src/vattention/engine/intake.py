@@ -8,7 +8,7 @@ import time
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
-from vattention.engine.build import Parts
+from vattention.engine.parts import Parts
 from vattention.engine.request import Request
 from vattention.engine.sequence import Sequence
 from vattention.engine.text import TextStream
@@ -72,7 +72,7 @@ class Intake:
         elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
             text, token_ids = None, prompt["prompt_token_ids"]
         elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
-            text, token_ids = str(prompt["prompt"]), None
+            text, token_ids = prompt["prompt"], None
         else:
             raise RequestError(
                 'a prompt is a text, {"prompt": text} or {"prompt_token_ids": [...]}, '

@@ -1,0 +1,32 @@
+"""What an engine needs of the rooms below it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vattention.kv.manager import KVManager
+
+if TYPE_CHECKING:
+    from vattention.model.runner import ModelRunner
+    from vattention.model.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A model that is loaded and verified, and the cache under it.
+
+    Attributes:
+        end_token_ids: tokens that end a text.
+        default_sampling: the model's recommended sampling parameters.
+    """
+
+    name: str
+    manager: KVManager
+    runner: ModelRunner
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_model_len: int
+    end_token_ids: frozenset[int]
+    default_sampling: Mapping[str, Any]
