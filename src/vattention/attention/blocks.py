@@ -1,0 +1,71 @@
+"""Cutting one sequence's share of a batch into blocks of query rows, each with the keys it reads.
+
+Both reasons are memory: scores or a mask of a whole chunk against a long history would outgrow the cache itself,
+and under a sliding window most of them would be masked anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Query rows [first_row, first_row + num_rows) of a batch, and the keys that any of them may see.
+
+    Attributes:
+        position: of the first row's token in its sequence.
+        first_key: position of the first key to read: under a window nothing before it may be touched, because its
+            memory may be gone.
+        window: as in `AttentionSpec`.
+    """
+
+    first_row: int
+    num_rows: int
+    position: int
+    first_key: int
+    window: int | None
+
+    @property
+    def end_key(self) -> int:
+        """One past the last key: the last row's own token."""
+        return self.position + self.num_rows
+
+    @property
+    def num_keys(self) -> int:
+        return self.end_key - self.first_key
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every row sees every key of the block, so that nothing needs masking."""
+        return self.num_rows == 1
+
+    @property
+    def is_causal_square(self) -> bool:
+        """Whether row i sees exactly keys [0, i] of the block: causal without history, and no window cuts in."""
+        return self.num_rows == self.num_keys and (self.window is None or self.num_rows <= self.window)
+
+    def visible(self, device: torch.device) -> torch.Tensor:
+        """[num_rows, num_keys] bool: which keys each row sees, aligned at the lower right corner."""
+        rows = torch.arange(self.position, self.end_key, device=device).unsqueeze(1)
+        keys = torch.arange(self.first_key, self.end_key, device=device).unsqueeze(0)
+        seen = keys <= rows
+        return seen if self.window is None else seen & (keys > rows - self.window)
+
+
+def blocks(first_row: int, num_rows: int, start: int, window: int | None, max_scores: int) -> Iterator[Block]:
+    """Cut `num_rows` rows at positions [start, start + num_rows) into blocks of about `max_scores` scores per head.
+
+    A chunk without history or window is one block if it alone has no more than that many.
+    """
+    end = start + num_rows
+    most_keys = end if window is None else min(end, 2 * window)
+    step = max(1, max_scores // most_keys)
+    if window is not None:
+        step = min(step, window)
+    for position in range(start, end, step):
+        first_key = 0 if window is None else max(0, position - window + 1)
+        yield Block(first_row + position - start, min(step, end - position), position, first_key, window)

@@ -1,0 +1,134 @@
+"""Forward passes of ragged batches: chunks of several sequences in, logits out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from vattention.attention.kernel import AttentionKernel, RaggedBatch
+from vattention.attention.registry import AUTO, choose
+from vattention.core import AttentionSpec, Chunk
+from vattention.errors import UnsupportedModelError
+from vattention.kv.manager import KVManager, LayerView
+from vattention.model.hook import AttentionHook
+from vattention.model.probe import ModelAttention
+
+
+class ModelRunner:
+    """Runs a model over a KV cache that somebody else manages.
+
+    The tokens of all sequences go through the model as one row, [1, T], each with its position in its own sequence;
+    only attention knows where one sequence ends and the next begins.
+
+    Args:
+        model: in evaluation mode, on one device.
+        attention: what `probe` found in it.
+        kv: a cache with one layer for each of `attention.cache_specs`.
+        kernel: an attention kernel's name, "auto" for the fastest that can, layer by layer.
+
+    Raises:
+        ConfigError: the named kernel cannot compute one of the layers.
+        UnsupportedModelError: the model's attention does not go through transformers' interface.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, attention: ModelAttention, kv: KVManager, kernel: str = AUTO
+    ) -> None:
+        self._model = model
+        self._device = model.device
+        self._layers: dict[torch.nn.Module, tuple[int, AttentionSpec, LayerView, bool, AttentionKernel]] = {}
+        for index, layer in enumerate(attention.layers):
+            view = kv.layer(layer.cache_layer)
+            chosen = choose(kernel, layer.spec, view.keys.dtype, self._device)
+            self._layers[model.get_submodule(layer.name)] = index, layer.spec, view, layer.writes, chosen
+        self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._batch: RaggedBatch | None = None
+        self._num_attended = 0
+        self._hook = AttentionHook(model, self._attend)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The attention kernel of each layer, by name."""
+        return tuple(kernel.name for *_, kernel in self._layers.values())
+
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Compute the chunks, store their keys and values, and return the logits they ask for.
+
+        The cache must have memory for them (`KVManager.ensure`), and hold the tokens before them.
+
+        Returns:
+            [sum of num_logits, vocabulary] float32, in the order of the chunks.
+        """
+        batch = RaggedBatch.of(chunks, self._device)
+        token_ids: list[int] = []
+        wanted: list[int] = []
+        for chunk in chunks:
+            token_ids.extend(chunk.token_ids)
+            wanted.extend(range(len(token_ids) - chunk.num_logits, len(token_ids)))
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([token_ids], dtype=torch.int64, device=self._device),
+            "position_ids": batch.positions.unsqueeze(0),
+            "use_cache": False,
+        }
+        self._batch, self._num_attended = batch, 0
+        try:
+            with torch.inference_mode():
+                logits = self._logits(inputs, wanted)
+        finally:
+            self._batch = None
+        if self._num_attended != len(self._layers):
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} called {self._num_attended} of {len(self._layers)} attention layers "
+                "in a forward pass; each must be called exactly once"
+            )
+        return logits
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Inside the block the model computes with its own plain attention, without the cache."""
+        with self._hook.suspended("eager"):
+            yield
+
+    def close(self) -> None:
+        """Give the model back as it was. The cache remains its owner's to close."""
+        self._hook.close()
+        self._layers = {}
+
+    def _logits(self, inputs: dict[str, Any], wanted: list[int]) -> torch.Tensor:
+        if not wanted:
+            self._model.base_model(**inputs)
+            return torch.empty(0, self._model.config.get_text_config().vocab_size, device=self._device)
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
+        if self._keeps_rows:
+            logits: torch.Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]
+        else:
+            logits = self._model(**inputs).logits[0, rows]
+        return logits.float()
+
+    def _attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        index, spec, view, writes, kernel = self._layers[module]
+        batch = self._batch
+        if batch is None or index != self._num_attended:
+            raise UnsupportedModelError(
+                f"attention layer {index} was called out of turn: layer {self._num_attended} of a forward pass of "
+                "the runner was due"
+            )
+        self._num_attended += 1
+        if writes:
+            view.append(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, batch.positions)
+        return kernel(query[0].transpose(0, 1), view, batch, spec, s_aux).unsqueeze(0), None
