@@ -19,7 +19,7 @@ def greedy(max_tokens: int, n: int = 1) -> SamplingParams:
 
 
 def run(engine: LLMEngine) -> dict[str, RequestOutput]:
-    finished = {}
+    finished: dict[str, RequestOutput] = {}
     for _ in range(10_000):
         if not engine.has_unfinished_requests():
             return finished

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
+from collections.abc import Iterable, Mapping
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
@@ -67,23 +68,21 @@ class Intake:
         return TextStream(self._parts.tokenizer, token_ids, params)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            text, token_ids = prompt, None
-        elif isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-            text, token_ids = None, prompt["prompt_token_ids"]
-        elif isinstance(prompt, dict) and isinstance(prompt.get("prompt"), str):
-            text, token_ids = prompt["prompt"], None
-        else:
+        given: Mapping[str, object] = {"prompt": prompt} if isinstance(prompt, str) else prompt
+        text = given.get("prompt") if isinstance(given, Mapping) else None
+        ids = given.get("prompt_token_ids") if isinstance(given, Mapping) else None
+        if ids is not None and isinstance(ids, Iterable) and not isinstance(ids, str):
+            text, token_ids = None, list(ids)
+        elif not isinstance(text, str):
             raise RequestError(
                 'a prompt is a text, {"prompt": text} or {"prompt_token_ids": [...]}, '
                 f"not {type(prompt).__name__}",
                 param="prompt",
             )
-        if token_ids is None:
-            if self._parts.tokenizer is None:
-                raise RequestError("this engine has no tokenizer: send prompt_token_ids", param="prompt")
-            token_ids = self._parts.tokenizer.encode(text or "")
-        token_ids = list(token_ids)
+        elif self._parts.tokenizer is None:
+            raise RequestError("this engine has no tokenizer: send prompt_token_ids", param="prompt")
+        else:
+            token_ids = self._parts.tokenizer.encode(text)
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         wrong = next((t for t in token_ids if type(t) is not int or not 0 <= t < self._parts.vocab_size), None)
