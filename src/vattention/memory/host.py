@@ -9,7 +9,6 @@ a thread fails), so they are counted, and `map` refuses before they run out.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory import budget, libc
+from vattention.memory.advice import advice_for, knows_populate
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 from vattention.memory.runs import runs
 from vattention.memory.shortage import mapping_refusal, refusal, reservation_refusal
@@ -31,8 +31,6 @@ _ALIVE, _RESIDENT, _OVERFLOW = 1, 2, 4
 
 _MAPPINGS_FRACTION = 0.8
 """Of `vm.max_map_count`; the rest is for libraries, thread stacks and everybody else in the process."""
-
-_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
 
 class HostDriver:
@@ -66,8 +64,8 @@ class HostDriver:
             max_mappings=int(max_map_count * _MAPPINGS_FRACTION),
             exportable=True,
         )
-        self._advice = _advice(self._page_nbytes)
-        self._populates = _knows_populate()
+        self._advice = advice_for(self._page_nbytes)
+        self._populates = knows_populate()
         self._fd = os.memfd_create("vattention", os.MFD_CLOEXEC)
         self._file_pages = 0
         self._state: Table[np.uint8] = Table(1, np.uint8)  # per page of the file
@@ -113,7 +111,7 @@ class HostDriver:
                     libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE,
                 )
                 undo.callback(libc.munmap, start, nbytes + slack)
-                self._extend(nbytes // self._page_nbytes)
+                self._extend(nbytes // self._page_nbytes + 1)  # one that stays unused: see `_count_edges`
                 address = -(-start // self._page_nbytes) * self._page_nbytes
                 self._map_file(address, first, nbytes // self._page_nbytes)
                 if address > start:
@@ -143,16 +141,16 @@ class HostDriver:
     def create(self, addresses: IntArray) -> IntArray:
         handles = self._home(addresses)
         # A page may outlive its mapping at home, behind other addresses.
-        taken = (self._state.values[handles] & _ALIVE) != 0
-        if taken.any():
-            handles[taken] = self._take_overflow(int(taken.sum()))
+        taken = self._state.values[handles] != 0
+        if num_taken := np.count_nonzero(taken):
+            handles[taken] = self._take_overflow(num_taken)
         self._state.values[handles] |= _ALIVE
         return handles
 
     def map(self, addresses: IntArray, handles: IntArray) -> None:
         shifts = handles - self._home(addresses)
         away = shifts != 0
-        if away.any():
+        if np.count_nonzero(away):
             self._remap(addresses[away], shifts[away])
 
     def set_access(self, addresses: IntArray) -> None:
@@ -170,7 +168,7 @@ class HostDriver:
 
     def unmap(self, addresses: IntArray) -> None:
         aliases = self._shift.values[self._home(addresses)] != 0
-        if aliases.any():
+        if np.count_nonzero(aliases):
             there = addresses[aliases]
             self._remap(there, np.zeros_like(there))
 
@@ -191,7 +189,7 @@ class HostDriver:
 
     def _home(self, addresses: IntArray) -> IntArray:
         """The pages of the file that belong to the addresses."""
-        which = np.searchsorted(self._starts, addresses, side="right") - 1
+        which = self._starts.searchsorted(addresses, side="right") - 1
         homes: IntArray = addresses // self._page_nbytes + self._homes[which]
         return homes
 
@@ -201,10 +199,10 @@ class HostDriver:
         self._homes = first_pages - self._starts // self._page_nbytes
 
     def _extend(self, num_pages: int) -> None:
-        """Lengthen the file and the tables over it. One entry more than pages: see `_count_edges`."""
+        """Lengthen the file and the tables over it."""
         total = self._file_pages + num_pages
-        self._state.grow(total + 1)
-        self._shift.grow(total + 1)
+        self._state.grow(total)
+        self._shift.grow(total)
         os.ftruncate(self._fd, total * self._page_nbytes)
         self._file_pages = total
 
@@ -228,7 +226,9 @@ class HostDriver:
         """Map the pages of the file `shifts` away from home behind the addresses; all or none."""
         homes = self._home(addresses)
         before = self._shift.values[homes]
-        edges = np.unique(np.concatenate((homes, homes + 1)))
+        run_ends = np.ones(len(homes), bool)
+        np.not_equal(homes[1:] - homes[:-1], 1, out=run_ends[:-1])
+        edges = np.concatenate((homes, homes[run_ends] + 1))
         num_edges = self._count_edges(edges)
         with ExitStack() as undo:
             undo.callback(self._shift.values.__setitem__, homes, before)
@@ -266,8 +266,8 @@ class HostDriver:
     def _count_edges(self, pages: IntArray) -> int:
         """At how many of these pages a kernel mapping ends and another begins: where the shift changes.
 
-        The tables have a last entry that no page has, which stands behind the last page and before the first. An
-        alias on the first or last page of a range thus counts one too many.
+        Behind every range stands a page of the file that is never mapped, so that no two ranges are neighbours. An
+        alias on the first or last page of a range counts one too many.
         """
         shift = self._shift.values
         return int(np.count_nonzero(shift[pages] != shift[pages - 1]))
@@ -307,22 +307,3 @@ def _give_back(fd: int, ranges: dict[int, int]) -> None:
         libc.munmap(address, nbytes)
     ranges.clear()
     os.close(fd)
-
-
-def _advice(page_nbytes: int) -> tuple[int, ...]:
-    """How every mapping is to be treated. A forked child that wrote to shared memory would reach its parent.
-
-    Huge pages just where the page size asks for them, so that a small page never costs 2 MiB.
-    """
-    if not _HUGE_PAGE_SIZE.exists():
-        return (libc.MADV_DONTFORK,)
-    huge = page_nbytes % int(_HUGE_PAGE_SIZE.read_text()) == 0
-    return libc.MADV_DONTFORK, libc.MADV_HUGEPAGE if huge else libc.MADV_NOHUGEPAGE
-
-
-def _knows_populate() -> bool:
-    """Whether the kernel has MADV_POPULATE_WRITE (Linux 5.14): advice it does not know is EINVAL."""
-    with contextlib.suppress(OSError):
-        libc.madvise(0, 0, libc.MADV_POPULATE_WRITE)
-        return True
-    return False

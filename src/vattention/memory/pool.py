@@ -97,7 +97,7 @@ class PagePool:
         """
         np.subtract.at(self._references, pages, 1)
         left = self._references[pages]
-        if (left < 0).any():
+        if np.count_nonzero(left < 0):
             np.add.at(self._references, pages, 1)
             self._check_alive(pages)
             raise ValueError("a page was dropped more often than it was taken")
@@ -154,6 +154,6 @@ class PagePool:
         return pages
 
     def _check_alive(self, pages: IntArray) -> None:
-        if (self._references[pages] <= 0).any():
-            dead = pages[self._references[pages] <= 0]
+        dead = pages[self._references[pages] <= 0]
+        if len(dead):
             raise ValueError(f"page {dead[0]} does not exist")

@@ -126,8 +126,8 @@ class Region:
     def _addresses(self, indices: IntArray, *, mapped: bool) -> IntArray:
         """Addresses of `indices`, all of which must be mapped, or none."""
         if len(indices):
-            if (indices[1:] <= indices[:-1]).any() or indices[0] < 0 or indices[-1] >= self._num_pages:
+            if np.count_nonzero(indices[1:] <= indices[:-1]) or indices[0] < 0 or indices[-1] >= self._num_pages:
                 raise ValueError(f"page indices must ascend within [0, {self._num_pages})")
-            if ((self._table.values[indices] != 0) != mapped).any():
+            if np.count_nonzero(self._table.values[indices]) != (len(indices) if mapped else 0):
                 raise ValueError(f"a page index is {'not mapped' if mapped else 'mapped already'}")
         return self._address + indices * self._page_nbytes

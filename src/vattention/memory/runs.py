@@ -20,6 +20,6 @@ def runs(
     broken = values[1:] - values[:-1] != stride
     if constant is not None:
         broken |= constant[1:] != constant[:-1]
-    breaks = (np.flatnonzero(broken) + 1).tolist()
+    breaks = (broken.nonzero()[0] + 1).tolist()
     for start, end in zip([0, *breaks], [*breaks, len(values)], strict=True):
         yield start, end - start
