@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteri
 from vattention.bench.resident import peak_resident_nbytes, resident_nbytes
 from vattention.bench.throughput import WARM_UP_OUTPUT_TOKENS, WARM_UP_PROMPT_TOKENS, WARM_UP_REQUESTS
 from vattention.bench.workload import BenchRequest, parse_requests
+from vattention.model.demo import demo_folder
 
 PAD = 0
+DEMO = "demo"
 
 
 class StepClock(StoppingCriteria):  # type: ignore[misc]
@@ -113,6 +115,11 @@ def warm_up(model: Any, requests: Sequence[BenchRequest]) -> None:
     generate_batch(model, cut, WARM_UP_OUTPUT_TOKENS)
 
 
+def checkpoint(model: str) -> str:
+    """What `from_pretrained` is to load, in the dtype it is stored in; the demo model is the same bfloat16 one."""
+    return str(demo_folder()) if model == DEMO else model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure transformers' generate in padded batches.")
     parser.add_argument("model")
@@ -127,7 +134,7 @@ def main() -> None:
         raise SystemExit(
             "every request must have ignore_eos, so that both sides generate the same number of tokens"
         )
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(arguments.model), dtype="auto").eval()
     warm_up(model, requests)
     figures = measure(model, requests, arguments.batch_size or len(requests))
     arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
