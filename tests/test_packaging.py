@@ -42,6 +42,14 @@ def test_every_file_in_the_package_is_in_the_wheel() -> None:
     assert [name for name in others if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
+def test_every_c_file_is_compiled() -> None:
+    (kernels,) = PROJECT["tool"]["setuptools"]["ext-modules"]
+    native = ROOT / "src" / "vattention" / "native"
+    assert {str(path.relative_to(ROOT)) for path in native.glob("*.c")} == set(kernels["sources"])
+    assert {str(path.relative_to(ROOT)) for path in native.glob("*.h")} == set(kernels["depends"])
+    assert kernels["optional"]
+
+
 def test_extras_for_developers_include_those_for_users() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     assert "vattention[demo]" in extras["dev"]
