@@ -13,8 +13,8 @@ METHODS = ("create", "map", "set_access", "unmap", "release")
 class FaultyDriver:
     """Passes everything on, except that the nth call of one method fails.
 
-    It fails before doing anything, or after doing half and undoing it, as a driver does whose system call fails
-    in the middle.
+    It fails before doing anything, or (create, map, set_access) after doing half and undoing it, as a driver does
+    whose system call fails in the middle.
     """
 
     def __init__(self, driver: Driver) -> None:

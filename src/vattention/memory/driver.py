@@ -42,7 +42,8 @@ class Capabilities:
             keeping it is cheaper than creating a new one. False where pages are tied to a home address.
         faults_unmapped: touching an address that is not mapped is an error. Where False, a read of it gives
             zeros and commits a page unaccounted for, so nothing may read there.
-        max_mappings: how many aliases (pages mapped away from home) there may be, or None for no bound.
+        max_mappings: how many kernel mappings the driver may use, or None for no bound. An alias (a page away from
+            its home) costs up to two; beyond the bound `map` raises OutOfMemoryError, and copying is the way out.
         exportable: `export` works.
     """
 

@@ -143,7 +143,7 @@ class HostDriver:
         # A page may outlive its mapping at home, behind other addresses.
         taken = self._state.values[handles] != 0
         if num_taken := np.count_nonzero(taken):
-            handles[taken] = self._take_overflow(num_taken)
+            handles[taken] = self._take_overflow(int(num_taken))
         self._state.values[handles] |= _ALIVE
         return handles
 
