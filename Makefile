@@ -18,7 +18,7 @@ install: $(INSTALLED)
 
 # One environment for users and developers: next to torch, the development tools weigh nothing.
 # The stamp makes later calls instant, until the dependencies or the compiled kernels change.
-$(INSTALLED): pyproject.toml $(wildcard src/vattention/native/*.[ch])
+$(INSTALLED): pyproject.toml setup.py $(wildcard src/vattention/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11; name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

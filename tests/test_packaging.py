@@ -42,14 +42,6 @@ def test_every_file_in_the_package_is_in_the_wheel() -> None:
     assert [name for name in others if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
-def test_every_c_file_is_compiled() -> None:
-    (kernels,) = PROJECT["tool"]["setuptools"]["ext-modules"]
-    native = ROOT / "src" / "vattention" / "native"
-    assert {str(path.relative_to(ROOT)) for path in native.glob("*.c")} == set(kernels["sources"])
-    assert {str(path.relative_to(ROOT)) for path in native.glob("*.h")} == set(kernels["depends"])
-    assert kernels["optional"]
-
-
 def test_extras_for_developers_include_those_for_users() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     assert "vattention[demo]" in extras["dev"]
@@ -72,7 +64,7 @@ def test_the_command_is_the_one_that_is_tested() -> None:
     ],
 )
 def test_make_targets_install_first_and_then_run(target: str, last_command: str, tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     dry = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
     commands = dry.stdout.splitlines()
@@ -82,7 +74,7 @@ def test_make_targets_install_first_and_then_run(target: str, last_command: str,
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_says_when_python_is_too_old(tmp_path: Path) -> None:
-    for name in ("Makefile", "pyproject.toml"):
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     old = tmp_path / "old-python"
     old.write_text("#!/bin/sh\nexit 1\n")
