@@ -38,15 +38,10 @@ class EagerKernel:
                 rows = slice(block.first_row, block.first_row + block.num_rows)
                 span = slice(block.first_key, block.end_key)
                 # [kv heads, groups, rows, dim] against [kv heads, 1, keys, dim]
-                q = (
-                    query[rows]
-                    .to(precise)
-                    .reshape(-1, spec.num_kv_heads, num_groups, spec.key_dim)
-                    .permute(1, 2, 0, 3)
-                )
+                q = query[rows].to(precise).reshape(-1, spec.num_kv_heads, num_groups, spec.key_dim)
                 k = view.keys[slot, span].to(precise).permute(1, 0, 2).unsqueeze(1)
                 v = view.values[slot, span].to(precise).permute(1, 0, 2).unsqueeze(1)
-                scores = (q * spec.scale) @ k.transpose(-1, -2)
+                scores = (q.permute(1, 2, 0, 3) * spec.scale) @ k.transpose(-1, -2)
                 if spec.softcap is not None:
                     scores = spec.softcap * torch.tanh(scores / spec.softcap)
                 if not block.sees_all:

@@ -1,0 +1,39 @@
+"""Attention by its definition, one query and one head at a time, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from vattention.attention.kernel import RaggedBatch
+from vattention.core import AttentionSpec
+from vattention.kv.manager import LayerView
+
+
+def attend(
+    query: torch.Tensor,
+    view: LayerView,
+    batch: RaggedBatch,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[T, num_heads, value_dim] float64."""
+    queries = query.double().cpu().numpy()
+    keys, values = view.keys.double().cpu().numpy(), view.values.double().cpu().numpy()
+    output = np.zeros((len(queries), spec.num_heads, spec.value_dim))
+    for row, (slot, position) in enumerate(zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)):
+        seen = [key for key in range(position + 1) if spec.window is None or position - key < spec.window]
+        for head in range(spec.num_heads):
+            kv_head = head * spec.num_kv_heads // spec.num_heads
+            scores = [float(queries[row, head] @ keys[slot, key, kv_head]) * spec.scale for key in seen]
+            if spec.softcap is not None:
+                scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
+            weights = [math.exp(score) for score in scores]
+            total = sum(weights)
+            if sinks is not None:
+                total += math.exp(float(sinks[head]))
+            for key, weight in zip(seen, weights, strict=True):
+                output[row, head] += weight / total * values[slot, key, kv_head]
+    return torch.from_numpy(output)
