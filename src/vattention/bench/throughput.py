@@ -69,7 +69,7 @@ class Throughput:
         itl_p50_s, itl_p99_s: inter-token latency, over all pairs of consecutive tokens; None where there are none.
         peak_rss_bytes: most resident memory of the process so far, loading included.
         rss_before_bytes: resident memory just before the run.
-        kv_peak: the cache's accounts (`vattention.kv.manager.Accounts`) after the step with the most mapped memory.
+        kv_peak: the highest value of each of the cache's accounts (`vattention.kv.manager.Accounts`) after a step.
     """
 
     elapsed_s: float
@@ -154,9 +154,8 @@ def measure(engine: LLMEngine, requests: Sequence[BenchRequest]) -> Throughput:
         for output in outputs:
             timelines[output.request_id].update(output, now)
         num_steps += 1
-        accounts = engine.manager.accounts()
-        if accounts.mapped_nbytes >= kv_peak.get("mapped_nbytes", 0):
-            kv_peak = dataclasses.asdict(accounts)
+        for name, nbytes in dataclasses.asdict(engine.manager.accounts()).items():
+            kv_peak[name] = max(nbytes, kv_peak.get(name, 0))
     elapsed = time.perf_counter() - start
     _check_all_done(requests, timelines)
     num_prompt = sum(len(request.prompt_token_ids) for request in requests)
