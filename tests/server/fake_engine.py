@@ -12,7 +12,6 @@ from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.stats import EngineStatistics, FinishedStats, StatsListener, StepStats
 from vattention.errors import ContextLengthError, EngineStoppedError, QueueFullError, RequestError
-from vattention.kv.manager import Accounts
 from vattention.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs
 from vattention.sampling_params import SamplingParams
 
@@ -261,6 +260,8 @@ class FakeEngine:
             )
 
     def statistics(self) -> EngineStatistics:
+        from vattention.kv.manager import Accounts  # only now: it loads torch, which takes seconds
+
         live = TOKEN_NBYTES * sum(len(stream.prompt) for stream in list(self.running.values()))
         return EngineStatistics(
             num_running=len(self.running),

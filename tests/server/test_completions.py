@@ -60,7 +60,7 @@ def test_can_leave_special_tokens_out(server: Live) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_samples_of_several_prompts_are_numbered_through(client: openai.OpenAI, stream: bool) -> None:
     response = complete(client, ["say(Hat)", "say(Cow)"], n=2, stream=stream)
-    texts = {index: "" for index in range(4)}
+    texts = dict.fromkeys(range(4), "")
     for choice in [c for chunk in response for c in chunk.choices] if stream else response.choices:
         texts[choice.index] += choice.text
     assert texts == {0: "Hat", 1: "at", 2: "Cow", 3: "ow"}

@@ -11,13 +11,13 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from vattention.kv.manager import Accounts
 from vattention.outputs import RequestMetrics
 
 if TYPE_CHECKING:
     from vattention.engine.request import Request
     from vattention.engine.scheduler import Plan
     from vattention.engine.sequence import Sequence
+    from vattention.kv.manager import Accounts
 
 _GRAVITY = ("error", "abort", "length", "stop")
 """Finish reasons, gravest first."""

@@ -20,6 +20,12 @@ from vattention.server.engine import ServedEngine
 from vattention.server.metrics import EngineMetrics
 from vattention.server.service import Service
 
+PAGE_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src data:; "
+    "script-src 'unsafe-inline'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'"
+)
+"""The page is one file, and talks to this server only."""
+
 
 def create_app(
     engine: ServedEngine,
@@ -75,7 +81,7 @@ def _about(service: Service) -> APIRouter:
 
     @router.get("/", include_in_schema=False)
     async def read_page() -> Response:
-        return HTMLResponse(page)
+        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY})
 
     @router.get("/version")
     async def read_version() -> Response:

@@ -23,6 +23,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FLUSH_S = 5
 """How long responses may take to reach their clients once the engine has stopped."""
 
+TICK_S = 1.0
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for `serve`. Bind before the model is loaded, so that a port in use is found out at once.
@@ -110,12 +112,19 @@ class _Server(uvicorn.Server):
         self._engine = engine
         self._drain_timeout_s = drain_timeout_s
         self._on_ready = on_ready
+        self._stopped = asyncio.Event()
         self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def main_loop(self) -> None:
+        """Wait for the end. uvicorn's own wakes ten times a second to look for it; the Date header needs one."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopped.wait(), TICK_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -146,3 +155,4 @@ class _Server(uvicorn.Server):
             await asyncio.to_thread(self._engine.shutdown)
         finally:
             self.should_exit = True
+            self._stopped.set()

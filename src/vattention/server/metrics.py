@@ -15,7 +15,6 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from vattention.engine.stats import FinishedStats, StepStats
-from vattention.kv.manager import Accounts
 from vattention.server.engine import ServedEngine
 
 _FIRST_TOKEN_S = (
@@ -187,7 +186,7 @@ class _Gauges(Collector):
             "Share of the KV cache's memory limit in use by running sequences, from 0 to 1.",
             usage,
         )
-        for field in fields(Accounts):
+        for field in fields(accounts):
             name = field.name.removesuffix("_nbytes")
             yield self._gauge(f"vattention:kv_{name}_bytes", _ACCOUNTS[field.name], getattr(accounts, field.name))
 

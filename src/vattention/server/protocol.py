@@ -8,6 +8,7 @@ null means the same as leaving a field out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
@@ -21,16 +22,28 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-def _check_unicode(text: str) -> str:
+def invalid(param: str, message: str, *, kind: str = "value_error") -> PydanticCustomError:
+    """A validation error about one field, for validators that look at several."""
+    return PydanticCustomError(kind, message, {"param": param})
+
+
+def check_unicode(text: str) -> str:
     """JSON can spell half of a surrogate pair, which no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("must be valid Unicode, without lone surrogates") from error
+        raise PydanticCustomError("value_error", "must be Unicode without lone surrogates") from error
     return text
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
+def _check_token_ids(bias: dict[str, float]) -> dict[str, float]:
+    wrong = next((name for name in bias if not re.fullmatch("[0-9]{1,10}", name)), None)
+    if wrong is not None:
+        raise invalid("logit_bias", "keys must be token ids")
+    return bias
+
+
+Text = Annotated[str, AfterValidator(check_unicode)]
 
 
 def _as_list(value: Any) -> Any:
@@ -43,7 +56,7 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     ignored: ClassVar[frozenset[str]] = frozenset()
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = Field(default_factory=dict)
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Field names, with the values that ask for nothing."""
 
     @model_validator(mode="before")
@@ -60,11 +73,6 @@ class Body(BaseModel):
             elif value not in cls.unsupported[name]:
                 raise invalid(name, f"{name} is not supported by this server", kind="unsupported_parameter")
         return kept
-
-
-def invalid(param: str, message: str, *, kind: str = "value_error") -> PydanticCustomError:
-    """A validation error about one field, for validators that look at several."""
-    return PydanticCustomError(kind, message, {"param": param})
 
 
 class ModelBody(Body):
@@ -120,7 +128,7 @@ class SamplingBody(ModelBody):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], float] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, float], AfterValidator(_check_token_ids)] = Field(default_factory=dict)
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     priority: Int64 = 0

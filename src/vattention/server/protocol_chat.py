@@ -56,7 +56,7 @@ class TextPart(Body):
 class Message(Body):
     """One message; content is a text or a list of text parts."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset({"refusal"})
+    ignored: ClassVar[frozenset[str]] = frozenset({"annotations", "refusal"})
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]

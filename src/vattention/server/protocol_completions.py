@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vattention.server.protocol import ChoiceExtras, FinishReason, SamplingBody, Text, Usage, invalid
+from vattention.server.protocol import ChoiceExtras, FinishReason, SamplingBody, Usage, check_unicode, invalid
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for completions."""
@@ -20,6 +20,9 @@ def _prompts(value: Any) -> list[str | list[int]]:
         raise invalid("prompt", "must be a string, a list of token ids, or a list of either")
     if not (all(isinstance(item, str) for item in many) or all(_is_tokens(item) for item in many)):
         raise invalid("prompt", "must be a string, a list of token ids, or a list of either")
+    for item in many:
+        if isinstance(item, str):
+            check_unicode(item)
     return many
 
 
@@ -37,7 +40,7 @@ class CompletionRequest(SamplingBody):
     }
 
     prompt: Annotated[
-        list[Text | list[int]],
+        list[str | list[int]],
         BeforeValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
     max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_MAX_TOKENS
