@@ -27,7 +27,7 @@ HELP = "/reset forgets the conversation, Ctrl-C stops a reply, Ctrl-D ends"
 
 
 @takes(
-    engine=OptionsOf(EngineConfig, "Engine", omit=("model",), defaults={"max_num_seqs": 1}),
+    engine=OptionsOf(EngineConfig, "Engine", omit=("model",)),
     sampling=OptionsOf(
         SamplingParams,
         "Sampling",
