@@ -111,6 +111,7 @@ def test_a_range_without_sharing_is_one_kernel_mapping(bench: Bench) -> None:
     bench.region.commit(np.arange(0, 256, 2))
     bench.region.unmap(np.arange(0, 256, 4))
     bench.region.commit(np.arange(1, 256, 2))
+    bench.region.commit(np.arange(0, 256, 8))
     assert len(kernel_mappings()) == bench.driver.num_mappings == 1
 
 
@@ -276,6 +277,21 @@ def test_committing_that_fails_half_way_gives_its_memory_back(
     assert bench.pool.in_use_nbytes == PAGE
     bench.region.commit(at(0, 1, 4, 6, 9))
     assert bench.read(at(5, 6)) == [1, 0]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_making_resident_is_all_or_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    bench.region.commit(at(5))
+    bench.write(at(5), [1])
+    addresses = bench.addresses(at(0, 1, 6, 9))
+    bench.driver.map(addresses, bench.driver.create(addresses))
+    Trap(monkeypatch, "madvise", nth, errno.ENOMEM)
+    with pytest.raises(OutOfMemoryError):
+        bench.driver.set_access(bench.addresses(at(0, 1, 5, 9)))
+    bench.backend.check_used(1)
+    bench.driver.set_access(bench.addresses(at(0, 1, 5, 6, 9)))
+    bench.backend.check_used(5)
+    assert bench.read(at(0, 5)) == [0, 1]
 
 
 @pytest.mark.parametrize("name", ["mmap", "madvise"])
