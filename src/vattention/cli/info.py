@@ -78,9 +78,9 @@ def memory() -> dict[str, Any]:
 def kernels() -> dict[str, Any]:
     """Attention kernels by name, the first choice first; and whether the C kernels were built and can run here."""
     from vattention.attention.registry import KERNELS
-    from vattention.native import linear_library
+    from vattention.native import kernels as compiled_kernels
 
-    return {"attention": list(KERNELS), "compiled_linear": linear_library() is not None}
+    return {"attention": list(KERNELS), "compiled": compiled_kernels() is not None}
 
 
 def driver(device: str) -> dict[str, Any]:
