@@ -11,22 +11,21 @@ import ctypes
 import math
 import mmap
 import time
-from typing import ClassVar, Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vattention.native import LinearWeight, linear_library
+from vattention.native import LinearWeight, kernels
 
 _COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
-_MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)
+_MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE_PAGE_NBYTES = 2 << 20
 
 
-@runtime_checkable
 class LinearMethod(Protocol):
     """One way to compute y = x W^T + b for a weight [out, in] it holds in a form of its own.
 
@@ -128,7 +127,7 @@ class OneDnnLinear:
 
     @classmethod
     def available(cls, dtype: torch.dtype) -> bool:
-        if not torch.backends.mkldnn.is_available():
+        if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return False
         if dtype == torch.bfloat16:
             return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -150,24 +149,15 @@ class NativeLinear:
     name: ClassVar[str] = "native"
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        library = linear_library()
+        library = kernels()
         if library is None:
-            raise RuntimeError("the compiled linear kernel is not there; ask available() first")
-        self._library = library
-        num_out, num_in = weight.shape
-        self._num_out, self._num_in = num_out, num_in
+            raise RuntimeError("the compiled kernels are not there; ask available() first")
+        self._kernels = library
+        self._num_out, self._num_in = weight.shape
         self._panels = _pack(weight)
-        self._bias = None
-        if bias is not None:
-            self._bias = F.pad(bias.float(), (0, -num_out % _COLUMNS))
+        self._bias = None if bias is None else F.pad(bias.float(), (0, -self._num_out % _COLUMNS))
+        self._native = LinearWeight.of(self._panels, self._bias, self._num_out, self._num_in)
         self.nbytes = self._panels.nbytes
-        self._native = LinearWeight(
-            self._panels.data_ptr(),
-            None if self._bias is None else self._bias.data_ptr(),
-            num_out,
-            num_in,
-            library.dtypes[weight.dtype],
-        )
 
     @classmethod
     def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -175,7 +165,7 @@ class NativeLinear:
 
     @classmethod
     def available(cls, dtype: torch.dtype) -> bool:
-        library = linear_library()
+        library = kernels()
         return library is not None and dtype in library.dtypes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -185,7 +175,7 @@ class NativeLinear:
             )
         y = x.new_empty(x.shape[0], self._num_out)
         if x.shape[0] > 0:
-            self._library.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
+            self._kernels.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
         return y
 
     def weight(self) -> Tensor:
@@ -224,16 +214,28 @@ def _huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
     Streaming a weight through 4 KiB pages spends a tenth of the bandwidth on misses of the translation buffer.
     """
     nbytes = numel * dtype.itemsize
-    huge = nbytes >= _HUGE_PAGE_NBYTES and _MADV_HUGEPAGE is not None
-    alignment = _HUGE_PAGE_NBYTES if huge else 64
+    advice = _MADV_HUGEPAGE if nbytes >= _HUGE_PAGE_NBYTES else None
+    alignment = 64 if advice is None else _HUGE_PAGE_NBYTES
     buffer = torch.empty(nbytes + alignment, dtype=torch.uint8)
     start = -buffer.data_ptr() % alignment
-    if huge:
+    if advice is not None:
         # A hint: a system that refuses it is slower, not wrong.
-        ctypes.CDLL(None).madvise(
-            ctypes.c_void_p(buffer.data_ptr() + start), ctypes.c_size_t(nbytes), ctypes.c_int(_MADV_HUGEPAGE)
-        )
+        address = ctypes.c_void_p(buffer.data_ptr() + start)
+        ctypes.CDLL(None).madvise(address, ctypes.c_size_t(nbytes), ctypes.c_int(advice))
     return buffer[start : start + nbytes].view(dtype)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module in processor memory does what `nn.Linear` does: subclasses and hooks may do more."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and module.weight.numel() > 0
+    )
 
 
 METHODS: tuple[type[LinearMethod], ...] = (TorchLinear, WideningLinear, OneDnnLinear, NativeLinear)

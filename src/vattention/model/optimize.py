@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vattention.model.linear import LinearMethod, PackedLinear, TorchLinear, fastest_method
+from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
+from vattention.model.linear import LinearMethod, PackedLinear, TorchLinear, fastest_method, is_plain_linear
+from vattention.native import Kernels, kernels
 
 _log = logging.getLogger(__name__)
 
@@ -23,8 +26,7 @@ TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 1e-
 Two units in the last place of bfloat16 and float16; in float32 what another order of summation makes.
 """
 
-_VERIFIED_ROWS = (1, 5, 64)
-_VERIFIED_OUTPUTS = 512
+_SAMPLED_OUTPUTS = 512
 _PROGRESS_DELAY_S = 2.0
 
 
@@ -33,11 +35,11 @@ class OptimizeReport:
     """What `optimize` did.
 
     Attributes:
-        replaced: how many linear layers now run by each method, by its name.
+        replaced: how many modules now run each way: a linear method's name, "gated mlp" or "rms norm".
         kept: linear layers that stay as they were because nothing here is faster.
-        refused: names of layers whose replacement gave other results; they stay as they were.
+        refused: names of modules whose replacement gave other results; they stay as they were.
         copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share.
-        peak_copied_nbytes: the most there was at any time, with the originals about to be dropped.
+        peak_copied_nbytes: the most there was at any time, with originals about to be dropped.
         elapsed_s: time it took.
     """
 
@@ -51,105 +53,161 @@ class OptimizeReport:
 
 @torch.no_grad()
 def optimize(model: nn.Module) -> OptimizeReport:
-    """Replaces, in place, the linear layers of a model in processor memory that run faster by another method.
+    """Replaces, in place, modules of a model in processor memory by faster ones that compute the same.
 
-    A layer's weight is dropped once its packed form is there, unless other modules share it, as embeddings tied
-    to the output layer do. Only plain `nn.Linear` modules without hooks are replaced. The model serves inference
-    only afterwards: the replacements have no gradients and are not part of its state dict.
+    These are linear layers, gated feed-forward blocks and root mean square norms, where they have no hooks. A
+    weight is dropped once its packed form is there, unless other modules share it, as embeddings tied to the
+    output layer do. The model serves inference only afterwards: replacements have no gradients, and packed weights
+    are not part of its state dict.
     """
     begin = time.perf_counter()
-    holders = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
-    methods: dict[tuple[int, int, torch.dtype], type[LinearMethod]] = {}
-    replaced: Counter[str] = Counter()
-    refused = []
-    kept = copied = peak = 0
-    layers = _linear_layers(model)
-    for layer in tqdm(layers, "packing weights", unit="layer", delay=_PROGRESS_DELAY_S, leave=False):
-        linear = layer.linear
-        shape = (linear.out_features, linear.in_features, linear.weight.dtype)
-        if shape not in methods:
-            methods[shape] = fastest_method(*shape)
-        if methods[shape] is TorchLinear:
-            kept += 1
-            continue
-        replacement = PackedLinear.of(linear, methods[shape])
-        peak = max(peak, copied + replacement.method.nbytes)
-        difference = largest_difference(replacement, linear)
-        # Written so that NaN counts as a difference.
-        if not difference <= TOLERANCE[linear.weight.dtype]:
-            name = layer.sites[0].name
-            _log.warning("%s stays as it is: method %s is off by %.2g", name, methods[shape].name, difference)
-            refused.append(name)
-            continue
-        for site in layer.sites:
-            setattr(site.parent, site.attribute, replacement)
-        replaced[methods[shape].name] += 1
-        if holders[id(linear.weight)] > 1:
-            copied += replacement.method.nbytes
-    return OptimizeReport(dict(replaced), kept, tuple(refused), copied, peak, time.perf_counter() - begin)
+    optimizer = _Optimizer(model)
+    optimizer.run()
+    return optimizer.report(time.perf_counter() - begin)
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
-    """Where a module hangs in the model."""
+class _Optimizer:
+    """The state of one pass over a model."""
 
-    parent: nn.Module
-    attribute: str
-    name: str
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._kernels = kernels()
+        modules = list(model.modules())
+        self._num_holders = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
+        self._num_sites = Counter(id(child) for module in modules for child in module.children())
+        self._several_sites: dict[nn.Module, nn.Module] = {}
+        self._methods: dict[tuple[int, int, torch.dtype], type[LinearMethod]] = {}
+        self._replaced: Counter[str] = Counter()
+        self._kept = 0
+        self._refused: list[str] = []
+        self._copied_nbytes = 0
+        self._peak_copied_nbytes = 0
+        self._progress = tqdm(total=len(modules), desc="packing weights", delay=_PROGRESS_DELAY_S, leave=False)
+
+    def run(self) -> None:
+        with self._progress:
+            self._walk(self._model, "")
+
+    def report(self, elapsed_s: float) -> OptimizeReport:
+        return OptimizeReport(
+            dict(self._replaced),
+            self._kept,
+            tuple(self._refused),
+            self._copied_nbytes,
+            self._peak_copied_nbytes,
+            elapsed_s,
+        )
+
+    def _walk(self, parent: nn.Module, prefix: str) -> None:
+        """Goes down from parents to children, keeping no reference to a module once it is replaced."""
+        self._progress.update()
+        for attribute, child in list(parent.named_children()):
+            name = f"{prefix}{attribute}"
+            replacement = self._several_sites.get(child)
+            if replacement is None:
+                replacement = self._replacement(child, name)
+                if replacement is child:
+                    self._walk(child, f"{name}.")
+                if self._num_sites[id(child)] > 1:
+                    self._several_sites[child] = replacement
+            if replacement is not child:
+                setattr(parent, attribute, replacement)
+            del child
+
+    def _replacement(self, module: nn.Module, name: str) -> nn.Module:
+        """A verified replacement, or the module itself."""
+        if is_plain_linear(module):
+            return self._linear(module, name)
+        if self._kernels is None or module._forward_hooks or module._forward_pre_hooks:
+            return module
+        mlp = GatedMLP.of(module)
+        if mlp is not None and mlp.gate_proj.weight.dtype in self._kernels.dtypes:
+            return self._gated_mlp(self._kernels, module, mlp, name)
+        return self._rms_norm(self._kernels, module, name)
+
+    def _method(self, num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
+        shape = (num_out, num_in, dtype)
+        if shape not in self._methods:
+            self._methods[shape] = fastest_method(*shape)
+        return self._methods[shape]
+
+    def _linear(self, linear: nn.Linear, name: str) -> nn.Module:
+        method = self._method(linear.out_features, linear.in_features, linear.weight.dtype)
+        if method is TorchLinear:
+            self._kept += 1
+            return linear
+        replacement = PackedLinear.of(linear, method)
+        # An output layer over a whole vocabulary takes seconds the old way: more than one row see a sample of it.
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randperm(linear.out_features, generator=generator)[:_SAMPLED_OUTPUTS]
+        weight, bias = linear.weight[sample], None if linear.bias is None else linear.bias[sample]
+        difference = max(
+            largest_difference(replacement, linear, linear.in_features, linear.weight.dtype, rows=(1,)),
+            largest_difference(
+                lambda x: replacement(x)[:, sample],
+                lambda x: F.linear(x, weight, bias),
+                linear.in_features,
+                linear.weight.dtype,
+                rows=(5, 64),
+            ),
+        )
+        if not self._accept(name, method.name, difference, linear.weight.dtype):
+            return linear
+        self._account([linear.weight], replacement.method.nbytes)
+        return replacement
+
+    def _gated_mlp(self, kernels: Kernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
+        dtype = mlp.gate_proj.weight.dtype
+        methods = [self._method(*shape, dtype) for shape in mlp.shapes]
+        replacement = FusedGatedMLP(kernels, mlp, *methods)
+        difference = largest_difference(replacement, module, mlp.gate_proj.in_features, dtype)
+        if not self._accept(name, "gated mlp", difference, dtype):
+            return module
+        weights = [part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+        self._account(weights, replacement.nbytes)
+        return replacement
+
+    def _rms_norm(self, kernels: Kernels, module: nn.Module, name: str) -> nn.Module:
+        guesses = list(FusedRMSNorm.guesses(kernels, module))
+        if not guesses:
+            return module
+        weight = guesses[0].weight
+        width, dtype = weight.shape[0], weight.dtype
+        differences = [largest_difference(guess, module, width, dtype) for guess in guesses]
+        best = min(range(len(guesses)), key=differences.__getitem__)
+        return guesses[best] if self._accept(name, "rms norm", differences[best], dtype) else module
+
+    def _accept(self, name: str, kind: str, difference: float, dtype: torch.dtype) -> bool:
+        if difference <= TOLERANCE[dtype]:
+            self._replaced[kind] += 1
+            return True
+        _log.warning("%s stays as it is: as %s it is off by %.2g of its largest number", name, kind, difference)
+        self._refused.append(name)
+        return False
+
+    def _account(self, originals: list[Tensor], nbytes: int) -> None:
+        """Counts a packed copy of `originals`, which are dropped unless other modules hold them."""
+        self._peak_copied_nbytes = max(self._peak_copied_nbytes, self._copied_nbytes + nbytes)
+        freed = sum(weight.nbytes for weight in originals if self._num_holders[id(weight)] == 1)
+        self._copied_nbytes += max(0, nbytes - freed)
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A linear module, and all the places it is used at."""
+def largest_difference(
+    replacement: Callable[[Tensor], Tensor],
+    original: Callable[[Tensor], Tensor],
+    num_in: int,
+    dtype: torch.dtype,
+    rows: tuple[int, ...] = (1, 5, 64),
+) -> float:
+    """Compares results for random inputs [rows, num_in], as a share of the largest number in them; inf for NaN.
 
-    linear: nn.Linear
-    sites: list[_Site]
-
-
-def _linear_layers(model: nn.Module) -> list[_Layer]:
-    layers: dict[nn.Module, _Layer] = {}
-    for prefix, parent in model.named_modules():
-        for attribute, child in parent.named_children():
-            if _replaceable(child):
-                layer = layers.setdefault(child, _Layer(child, []))
-                layer.sites.append(_Site(parent, attribute, f"{prefix}.{attribute}" if prefix else attribute))
-    return list(layers.values())
-
-
-def _replaceable(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Subclasses and hooks may do more than multiply; other devices have fast kernels of their own."""
-    return (
-        type(module) is nn.Linear
-        and "forward" not in vars(module)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in TOLERANCE
-        and module.weight.numel() > 0
-    )
-
-
-def largest_difference(replacement: PackedLinear, linear: nn.Linear) -> float:
-    """Compares results for random inputs of 1, 5 and 64 rows, as a share of the largest number in them.
-
-    One row is compared over all outputs, more rows over the first, the last and random ones: an output layer
-    over a whole vocabulary would take seconds by the old way.
+    Rows are scaled down to a thousandth from first to last: only small inputs show a norm's epsilon.
     """
     generator = torch.Generator().manual_seed(0)
-    outputs = torch.randperm(linear.out_features, generator=generator)[:_VERIFIED_OUTPUTS]
-    ends = torch.tensor([0, linear.out_features - 1])
-    outputs = torch.cat((outputs, ends))
-    bias = None if linear.bias is None else linear.bias[outputs]
     largest = 0.0
-    for rows in _VERIFIED_ROWS:
-        x = torch.randn(rows, linear.in_features, generator=generator).to(linear.weight.dtype)
-        result: Tensor = replacement(x)
-        if rows == 1:
-            expected = linear(x)
-        else:
-            result, expected = result[:, outputs], F.linear(x, linear.weight[outputs], bias)
-        scale = expected.float().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        difference = float((result.float() - expected.float()).abs().max() / scale)
-        if not difference <= largest:
-            largest = difference
+    for count in rows:
+        x = torch.randn(count, num_in, generator=generator) * torch.logspace(0, -3, count)[:, None]
+        result, expected = (compute(x.to(dtype)).float() for compute in (replacement, original))
+        scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        largest = max(largest, float(((result - expected).abs().max() / scale).nan_to_num(math.inf)))
     return largest

@@ -1,6 +1,6 @@
 """Compiled kernels in plain C, built with the package where there is a C compiler and called through ctypes.
 
-Nothing here is needed for correct results: whoever calls asks for the library first and has a way without it.
+Nothing here is needed for correct results: callers ask for the library first and have a way without it.
 """
 
 from __future__ import annotations
@@ -8,52 +8,69 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
+from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
 
 class LinearWeight(ctypes.Structure):
-    """`vattention_weight` of linear.c: a packed weight and where its bias is."""
+    """`vattention_weight` of linear.c: a packed weight and a bias, both kept alive by who made this."""
 
     _fields_ = (
-        ("packed", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("num_out", ctypes.c_int64),
-        ("num_in", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
+        ("packed", c_void_p),
+        ("bias", c_void_p),
+        ("num_out", c_int64),
+        ("num_in", c_int64),
+        ("dtype", c_int32),
     )
 
+    @classmethod
+    def of(cls, packed: Tensor, bias: Tensor | None, num_out: int, num_in: int) -> LinearWeight:
+        """Panels as linear.c describes them, and a float32 bias padded to whole panels."""
+        bias_address = None if bias is None else bias.data_ptr()
+        return cls(packed.data_ptr(), bias_address, num_out, num_in, _DTYPES[packed.dtype])
 
-class LinearLibrary:
-    """The functions of linear.c, and the thread pool they run on, which is torch's."""
 
-    dtypes = {torch.float32: 0, torch.bfloat16: 1}
+class Kernels:
+    """The compiled kernels on tensors, and the threads they run on, which are torch's.
+
+    All tensors are in processor memory, of float32 or bfloat16, and of one type unless said otherwise; what else
+    the C functions ask for is up to the caller.
+    """
+
+    dtypes = frozenset(_DTYPES)
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError or AttributeError where the library, or torch's GNU OpenMP runtime, is not there."""
+        """Loads the library; raises OSError or AttributeError where it, or GNU OpenMP under torch, is not there."""
         library = ctypes.CDLL(str(path))
-        self._parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p)
+        self._parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p)
         self._linear = library.vattention_linear
-        self._linear.restype = ctypes.c_int32
-        self._linear.argtypes = (
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            ctypes.c_int64,
-            ctypes.c_int64,
-            ctypes.c_void_p,
-            ctypes.c_int32,
-            ctypes.c_void_p,
+        self._linear.restype = c_int32
+        self._linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p)
+        self._rms_norm = library.vattention_rms_norm
+        self._rms_norm.restype = None
+        self._rms_norm.argtypes = (
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float),
+            *(c_int32, c_int32, c_void_p),
         )
-        self.supported = bool(library.vattention_linear_supported())
+        self._gate = library.vattention_gate
+        self._gate.restype = None
+        self._gate.argtypes = (
+            *(c_void_p, c_void_p, c_int64, c_int64, c_float, c_float),
+            *(c_int32, c_int32, c_void_p),
+        )
 
-    def linear(self, weight: LinearWeight, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y[rows, out] = x[rows, in] W^T + b; see linear.c for what x and y must be."""
+    def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
+        """y[rows, out] = x[rows, in] W^T + b for one row or more, of the weight's type; y and rows of x contiguous."""
         status = self._linear(
             ctypes.addressof(weight),
             x.data_ptr(),
@@ -66,19 +83,50 @@ class LinearLibrary:
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
 
+    def rms_norm(self, x: Tensor, scale: Tensor, epsilon: float, y: Tensor) -> None:
+        """y = x / sqrt(mean(x^2) + epsilon) * scale over rows of scale's length, dense, in the order of memory.
+
+        scale is float32 whatever x is.
+        """
+        self._rms_norm(
+            x.data_ptr(),
+            scale.data_ptr(),
+            y.data_ptr(),
+            x.numel() // scale.numel(),
+            scale.numel(),
+            epsilon,
+            _DTYPES[x.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+
+    def gate(self, gate_up: Tensor, linear: float, cubic: float, y: Tensor) -> None:
+        """y[rows, n] = f(g) u of contiguous gate_up[rows, 2n] = (g, u), f(x) = x sigmoid(x (linear + cubic x^2))."""
+        rows, width = y.shape
+        self._gate(
+            gate_up.data_ptr(),
+            y.data_ptr(),
+            rows,
+            width,
+            linear,
+            cubic,
+            _DTYPES[y.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+
 
 @cache
-def linear_library() -> LinearLibrary | None:
-    """The library for linear layers, or None where it was not built or this machine cannot run it."""
+def kernels() -> Kernels | None:
+    """The kernels, or None where they were not built or cannot be loaded."""
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = FOLDER / f"_linear{suffix}"
+        path = FOLDER / f"_kernels{suffix}"
         if not path.exists():
             continue
         try:
-            library = LinearLibrary(path)
+            return Kernels(path)
         except (OSError, AttributeError) as error:
-            _log.warning("the compiled linear kernel cannot be used: %s", error)
+            _log.warning("the compiled kernels cannot be used: %s", error)
             return None
-        return library if library.supported else None
-    _log.info("the package was built without a C compiler: linear layers run on torch's kernels alone")
+    _log.warning("the package was built without a C compiler: models on processors run on torch's slower kernels")
     return None

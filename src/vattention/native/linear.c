@@ -10,11 +10,11 @@
  * R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a tile of y stays in registers
  * over the whole inner dimension, a panel of W in the second-level cache over a block of rows.
  */
-#include <stdint.h>
+#include "common.h"
+
 #include <stdlib.h>
 #include <string.h>
 
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { COLUMNS = 32, HALF = 16 };
 /* x is kept widened in blocks of rows, which shall stay in the second-level cache: strips of K_STRIP steps, each
  * [block rows][STRIP_STRIDE]. The padding spreads a tile's rows over the sets of the first-level cache; sums over
@@ -24,10 +24,6 @@ enum { BLOCK_NBYTES = 3 << 18, MIN_BLOCK_ROWS = 24, MAX_BLOCK_ROWS = 96 };
 
 /* Numbers that are written as bits and read as float32. */
 typedef uint32_t word __attribute__((may_alias));
-
-/* GOMP_parallel of the OpenMP runtime that torch runs on. Passed in rather than linked: a second runtime's pool of
- * spinning threads would fight for the same cores. */
-typedef void (*parallel_fn)(void (*body)(void *), void *argument, unsigned num_threads, unsigned flags);
 
 typedef struct {
     const void *packed;
@@ -58,51 +54,46 @@ enum { ALONE = 1 << 16 };
 
 typedef void (*tile_fn)(const tile_args *);
 
-#define INLINE static inline __attribute__((always_inline))
-
 /* The tiles are compiled once for each instruction set from one text; LANES is what a register holds. */
-#if defined(__x86_64__)
+#if defined(__x86_64__) && VATTENTION_LANES >= 16
 #define SET avx512
 #define LANES 16
 #define TILE_ROWS 12
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #include "linear_tile.h"
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 8
 #define SET avx2
 #define LANES 8
 #define TILE_ROWS 6
 #define TARGET __attribute__((target("avx2,fma")))
 #include "linear_tile.h"
-#elif defined(__aarch64__)
-#define SET neon
+#endif
+#define SET baseline
 #define LANES 4
 #define TILE_ROWS 12
 #define TARGET
 #include "linear_tile.h"
-#endif
 
-/* The best tiles this processor runs; NULL if it runs none. `tile_rows` gets the tallest one's rows. */
+/* The best tiles this processor runs, and the rows of the tallest. */
 static const tile_fn *find_tiles(int32_t dtype, int64_t *tile_rows) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 16
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         *tile_rows = 12;
         return tiles_avx512[dtype];
     }
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 8
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         *tile_rows = 6;
         return tiles_avx2[dtype];
     }
-#elif defined(__aarch64__)
-    *tile_rows = 12;
-    return tiles_neon[dtype];
 #endif
-    return NULL;
-}
-
-/* Whether this processor can run `vattention_linear`: x86 from AVX2, and 64-bit Arm. */
-int32_t vattention_linear_supported(void) {
-    int64_t tile_rows;
-    return find_tiles(BFLOAT16, &tile_rows) != NULL;
+    *tile_rows = 12;
+    return tiles_baseline[dtype];
 }
 
 typedef struct {
@@ -189,14 +180,11 @@ static void work(void *argument) {
 /* y[num_rows, num_out] = x[num_rows, num_in] W^T + b on at most `num_threads` threads, for one row or more.
  *
  * x and y are of the weight's type; rows of x lie `x_stride` elements apart, those of y are adjacent. Returns 0,
- * or -1 where memory ran short or the processor lacks the instructions, with y untouched. */
+ * or -1 where memory ran short, with y untouched. */
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t num_threads, parallel_fn parallel) {
     job j = {.weight = weight, .x = x, .y = y, .x_stride = x_stride, .num_rows = num_rows};
     j.tiles = find_tiles(weight->dtype, &j.tile_rows);
-    if (j.tiles == NULL) {
-        return -1;
-    }
     int64_t most = BLOCK_NBYTES / (4 * weight->num_in);
     most = most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
     j.num_blocks = (num_rows + most - 1) / most;

@@ -1,0 +1,24 @@
+/* What the kernels share: number types, vectors, and the split of rows over torch's threads. */
+#ifndef VATTENTION_COMMON_H
+#define VATTENTION_COMMON_H
+
+#include <stdint.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bfloat16 numbers are taken apart as little-endian words"
+#endif
+
+/* The widest vectors of float32 that may be used, if the processor has them; tests lower it. */
+#ifndef VATTENTION_LANES
+#define VATTENTION_LANES 16
+#endif
+
+enum { FLOAT32 = 0, BFLOAT16 = 1 };
+
+/* GOMP_parallel of the OpenMP runtime that torch runs on. Passed in rather than linked: a second runtime's pool of
+ * spinning threads would fight for the same cores. */
+typedef void (*parallel_fn)(void (*body)(void *), void *argument, unsigned num_threads, unsigned flags);
+
+#define INLINE static inline __attribute__((always_inline))
+
+#endif

@@ -1,0 +1,215 @@
+"""Every way to compute a linear layer, forced, against float64."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vattention import native
+from vattention.model import linear as subject
+from vattention.model.linear import (
+    METHODS,
+    LinearMethod,
+    NativeLinear,
+    PackedLinear,
+    TorchLinear,
+    WideningLinear,
+    fastest_method,
+)
+
+LIBRARY = f"_kernels{EXTENSION_SUFFIXES[0]}"
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = ((1, 1), (32, 16), (33, 17), (100, 77), (65, 300), (640, 1030))
+"""[out, in]: whole panels and strips of the compiled kernel, and all kinds of rests."""
+
+CASES = [
+    pytest.param(method, dtype, id=f"{method.name}-{str(dtype).removeprefix('torch.')}")
+    for method in METHODS
+    for dtype in DTYPES
+    if method.available(dtype)
+]
+
+
+def tolerance(x: Tensor, weight: Tensor) -> float:
+    """One unit in the last place of the largest result, and float32's rounding on the way."""
+    scale = float((x.double().abs() @ weight.double().abs().T).max())
+    largest = float((x.double() @ weight.double().T).abs().max())
+    return (2**-7 * largest if x.dtype == torch.bfloat16 else 0.0) + 1e-6 * scale
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(("method", "dtype"), CASES)
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 8, 12, 13, 37, 200])
+def test_agrees_with_float64(method: type[LinearMethod], dtype: torch.dtype, rows: int) -> None:
+    for num_out, num_in in SHAPES:
+        weight, bias = torch.randn(num_out, num_in).to(dtype), torch.randn(num_out).to(dtype)
+        x = torch.randn(rows, num_in).to(dtype)
+        for given in (None, bias):
+            y = method.pack(weight, given)(x)
+            exact = x.double() @ weight.double().T + (0 if given is None else given.double())
+            assert y.dtype == dtype
+            assert y.shape == exact.shape
+            if rows:
+                bound = tolerance(x, weight) + (2**-7 * 5 if dtype == torch.bfloat16 else 0)
+                assert float((y.double() - exact).abs().max()) <= bound, (num_out, num_in, given is None)
+
+
+@pytest.mark.parametrize(("method", "dtype"), CASES)
+def test_gives_the_weight_back(method: type[LinearMethod], dtype: torch.dtype) -> None:
+    for num_out, num_in in SHAPES:
+        weight = torch.randn(num_out, num_in).to(dtype)
+        assert torch.equal(method.pack(weight, None).weight(), weight)
+
+
+@pytest.mark.parametrize(("method", "dtype"), CASES)
+def test_takes_any_strides(method: type[LinearMethod], dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 60).T[:, ::2].to(dtype)
+    packed = method.pack(weight, None)
+    wide = torch.randn(9, 70).to(dtype)
+    for x in (wide[:, ::2], wide[::2, 3:38], torch.randn(35, 9).to(dtype).T, wide[:1, :35].expand(4, 35)):
+        error = (packed(x).double() - x.double() @ weight.double().T).abs().max()
+        assert float(error) <= tolerance(x, weight)
+
+
+@pytest.mark.parametrize(("method", "dtype"), CASES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads_gives_the_same(method: type[LinearMethod], dtype: torch.dtype, threads: int) -> None:
+    weight, x = torch.randn(333, 400).to(dtype), torch.randn(101, 400).to(dtype)
+    packed = method.pack(weight, None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        error = (packed(x).double() - x.double() @ weight.double().T).abs().max()
+    finally:
+        torch.set_num_threads(before)
+    assert float(error) <= tolerance(x, weight)
+
+
+@pytest.mark.skipif(not NativeLinear.available(torch.bfloat16), reason="no compiled kernels here")
+class TestNative:
+    def test_rounds_as_torch_does(self) -> None:
+        """Products with the identity are the inputs: every bfloat16 pattern goes in and comes out."""
+        patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        finite = patterns[patterns.isfinite()].reshape(-1, 2)
+        identity = NativeLinear.pack(torch.eye(2).bfloat16(), None)
+        assert torch.equal(identity(finite), finite)
+        wide = torch.randn(1000, 2).bfloat16()
+        bias = torch.randn(2).bfloat16()
+        expected = (wide.float() + bias.float()).bfloat16()
+        assert torch.equal(NativeLinear.pack(torch.eye(2).bfloat16(), bias)(wide), expected)
+
+    def test_nan_and_infinity_stay_in_their_row(self) -> None:
+        for dtype in DTYPES:
+            x = torch.ones(3, 40).to(dtype)
+            x[1, 7] = torch.nan
+            x[2, 3] = torch.inf
+            y = NativeLinear.pack(torch.ones(50, 40).to(dtype), None)(x)
+            assert bool((y[0] == 40).all())
+            assert bool(y[1].isnan().all())
+            assert bool(y[2].isposinf().all())
+
+    def test_bfloat16_is_as_accurate_as_torch(self) -> None:
+        weight, x = torch.randn(500, 2048).bfloat16(), torch.randn(20, 2048).bfloat16()
+        exact = x.double() @ weight.double().T
+        errors = [float((method.pack(weight, None)(x).double() - exact).abs().mean()) for method in METHODS]
+        assert errors[METHODS.index(NativeLinear)] <= 1.01 * errors[0]
+
+    def test_refuses_another_type(self) -> None:
+        packed = NativeLinear.pack(torch.ones(4, 4).bfloat16(), None)
+        with pytest.raises(RuntimeError, match="float32"):
+            packed(torch.ones(1, 4))
+
+
+def test_widening_splits_wide_weights() -> None:
+    class SmallBlocks(WideningLinear):
+        block_nbytes = 4 * 50 * 7
+
+    weight, x = torch.randn(100, 50).bfloat16(), torch.randn(40, 50).bfloat16()
+    exact = x.double() @ weight.double().T
+    assert float((SmallBlocks.pack(weight, None)(x).double() - exact).abs().max()) <= tolerance(x, weight)
+
+
+@pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 24), (2, 0, 24)])
+def test_module_takes_inputs_of_any_dimensions(shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(24, 40)
+    for method in METHODS:
+        if method.available(torch.float32):
+            packed = PackedLinear.of(linear, method)
+            with torch.no_grad():
+                torch.testing.assert_close(packed(torch.ones(shape)), linear(torch.ones(shape)))
+            assert torch.equal(packed.weight, linear.weight)
+
+
+def test_the_fastest_method_is_one_that_this_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = torch.get_rng_state()
+    threads = torch.get_num_threads()
+    for dtype in (*DTYPES, torch.float16):
+        assert fastest_method(300, 64, dtype).available(dtype)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    monkeypatch.setattr(subject, "METHODS", (TorchLinear,))
+    assert fastest_method(300, 64, torch.bfloat16) is TorchLinear
+
+
+def test_a_slower_method_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(TorchLinear):
+        def __call__(self, x: Tensor) -> Tensor:
+            super().__call__(x)
+            return super().__call__(x)
+
+    monkeypatch.setattr(subject, "METHODS", (TorchLinear, Twice))
+    assert fastest_method(2000, 300, torch.float32) is TorchLinear
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the compiled kernels are looked for: an empty folder."""
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    native.kernels.cache_clear()
+    yield tmp_path
+    native.kernels.cache_clear()
+
+
+def test_other_methods_remain_without_the_library(folder: Path) -> None:
+    assert native.kernels() is None
+    assert not NativeLinear.available(torch.bfloat16)
+    assert fastest_method(64, 64, torch.bfloat16) is not NativeLinear
+    with pytest.raises(RuntimeError, match="compiled kernels"):
+        NativeLinear.pack(torch.ones(2, 2), None)
+
+
+def test_a_broken_library_is_none(folder: Path) -> None:
+    (folder / LIBRARY).write_bytes(b"no library")
+    assert native.kernels() is None
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_narrower_vectors_give_the_same(folder: Path, lanes: int) -> None:
+    sources = sorted(Path(native.__file__).parent.glob("*.c"))
+    flags = [f"-DVATTENTION_LANES={lanes}", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    subprocess.run(["cc", *flags, *sources, "-o", folder / LIBRARY, "-lm"], check=True, timeout=200)
+    for dtype in DTYPES:
+        for rows in (1, 7, 30, 130):
+            test_agrees_with_float64(NativeLinear, dtype, rows)
+        x = torch.randn(9, 100).to(dtype)
+        kernels = native.kernels()
+        assert kernels is not None
+        normed, gated = torch.empty_like(x), torch.empty_like(x[:, :50])
+        kernels.rms_norm(x, torch.ones(100), 1e-6, normed)
+        kernels.gate(x, 1.0, 0.0, gated)
+        close = {"rtol": 2**-7, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        torch.testing.assert_close(normed, F.rms_norm(x.double(), (100,), eps=1e-6).to(dtype), **close)
+        torch.testing.assert_close(gated, (F.silu(x[:, :50].double()) * x[:, 50:]).to(dtype), **close)
