@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,9 +15,17 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from tests.server.browser import Browser
 from tests.server.fake_engine import FakeEngine
 from vattention.server import bind, create_app
 from vattention.server.lifecycle import url_of
+
+
+def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @dataclass(frozen=True)
@@ -86,4 +97,13 @@ def server(serve_app: Serve) -> Live:
 @pytest.fixture
 def client(server: Live) -> Iterator[openai.OpenAI]:
     with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with Browser(path, tmp_path) as made:
         yield made

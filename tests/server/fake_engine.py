@@ -53,7 +53,7 @@ class ByteTokenizer:
         template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        **variables: Any,
     ) -> list[int]:
         if any(message["content"] == "refuse me" for message in messages):
             raise RequestError("the chat template refuses this conversation", param="messages")
@@ -62,8 +62,11 @@ class ByteTokenizer:
             text = text.removesuffix("\n")
         if add_generation_prompt:
             text += "assistant: "
-        text = f"{template or ''}{text}{''.join(f'{k}={v};' for k, v in kwargs.items())}"
+        text = f"{template or ''}{text}{''.join(f'{k}={v};' for k, v in variables.items())}"
         return [BOS, *text.encode()]
+
+    def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]:
+        return () if template else ("\nuser:",)
 
 
 @dataclass(eq=False)

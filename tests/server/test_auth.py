@@ -16,7 +16,7 @@ def locked(serve_app: Serve) -> Live:
 )
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/tokenize", "/version", "/openapi.json", "/x"])
 def test_without_the_key_there_is_nothing_to_see(locked: Live, path: str, header: str | None) -> None:
-    headers = {} if header is None else {"Authorization": header.encode("latin-1")}
+    headers = [] if header is None else [(b"Authorization", header.encode("latin-1"))]
     response = httpx.get(locked.url + path, headers=headers)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"

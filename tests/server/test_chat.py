@@ -153,6 +153,13 @@ def test_template_of_the_server_and_arguments_of_the_request(serve_app: Serve) -
     assert sent(server) == "<T>user: Hello\nassistant: enable_thinking=False;"
 
 
+def test_without_a_template_of_its_own_a_reply_ends_before_the_next_turn(server: Live) -> None:
+    with server.client() as client:
+        [choice] = chat(client, [{"role": "user", "content": "say(Hi.\nuser: Ho)"}], stop=["x"]).choices
+    assert (choice.message.content, choice.finish_reason) == ("Hi.", "stop")
+    assert server.engine.submitted[0].params.stop_strings == ("x", "\nuser:")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_returns_token_ids_on_request(client: openai.OpenAI, stream: bool) -> None:
     message = {"role": "user", "content": "say(Hi)"}

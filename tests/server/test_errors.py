@@ -107,7 +107,7 @@ def test_refusals_of_completions(server: Live, more: dict[str, Any], param: str)
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"template": "x"}}, "chat_template_kwargs"),
         ({"add_special_tokens": True}, "add_special_tokens"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"messages": []}, "messages"),

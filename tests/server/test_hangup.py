@@ -3,26 +3,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import time
-from collections.abc import Callable
 
 import httpx
 import openai
 import pytest
 
-from tests.server.conftest import Live, Serve
+from tests.server.conftest import Live, Serve, wait_until
 from tests.server.fake_engine import STORY, FakeEngine
 from vattention.server.hangup import ClientGoneError, until_hangup
 
 NUM_SERVER_TASKS = 3
 """Tasks of a server that does nothing: the test's own, uvicorn's and its lifespan's."""
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture

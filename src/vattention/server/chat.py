@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -98,6 +99,7 @@ class _Reply:
             prompt_logprobs=body.prompt_logprobs,
         )
         token_ids = await service.render(body)
+        params = replace(params, stop=(*params.stop_strings, *service.chat_stop_strings()))
         service.check_context(token_ids, body.token_limit, body.token_limit_param)
         return outputs_of(service.engine, [token_ids], params, body.priority)
 

@@ -43,8 +43,10 @@ class TextTokenizer(Protocol):
         template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **kwargs: Any,
+        **variables: Any,
     ) -> list[int]: ...
+
+    def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]: ...
 
 
 class ServedEngine(Protocol):

@@ -18,26 +18,8 @@ from vattention.server.protocol import (
     invalid,
 )
 
-TEMPLATE_ARGUMENTS = frozenset(
-    {
-        "add_generation_prompt",
-        "add_special_tokens",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "template",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
+RENDERING_ARGUMENTS = frozenset(
+    {"messages", "template", "tools", "add_generation_prompt", "continue_final_message"}
 )
 """Names that chat_template_kwargs may not set: they belong to the renderer, not to the template."""
 
@@ -111,7 +93,7 @@ class Conversation(ModelBody):
             raise invalid(
                 "continue_final_message", "cannot be combined with add_generation_prompt: choose one of them"
             )
-        reserved = sorted(TEMPLATE_ARGUMENTS & self.chat_template_kwargs.keys())
+        reserved = sorted(RENDERING_ARGUMENTS & self.chat_template_kwargs.keys())
         if reserved:
             raise invalid("chat_template_kwargs", f"may not set {reserved[0]}")
         return self

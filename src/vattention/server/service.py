@@ -94,6 +94,10 @@ class Service:
             )
         )
 
+    def chat_stop_strings(self) -> tuple[str, ...]:
+        """Strings that end a reply where the chat template has no end token for it."""
+        return self.tokenizer.chat_stop_strings(self.chat_template)
+
     def sampling(
         self, body: SamplingBody, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None
     ) -> SamplingParams:
