@@ -131,4 +131,5 @@ class ModelRunner:
         self._num_attended += 1
         if writes:
             view.append(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, batch.positions)
-        return kernel(query[0].transpose(0, 1), view, batch, spec, s_aux).unsqueeze(0), None
+        sinks = s_aux if spec.has_sinks else None
+        return kernel(query[0].transpose(0, 1), view, batch, spec, sinks).unsqueeze(0), None
