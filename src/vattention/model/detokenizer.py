@@ -23,7 +23,7 @@ class Detokenizer:
     """The text of one sequence, token by token.
 
     Each new token is decoded together with a few before it, since a token's text depends on its neighbours. Text
-    that ends in the middle of a character is held back until the character is complete or cannot become so any more.
+    that ends in the middle of a character is held back until the character is complete or can no longer become so.
 
     What `add` and `flush` return adds up to what decoding prompt and output at once shows after the prompt's text.
     Only where a tokenizer falls back to bytes, and these are no valid UTF-8, may the number of U+FFFD differ.

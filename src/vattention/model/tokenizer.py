@@ -15,7 +15,7 @@ class Tokenizer:
     """Wraps a transformers tokenizer.
 
     Encoding and decoding go to the library below transformers, whose read-only calls may run in parallel: those of
-    transformers set truncation and padding on the way, and fail with "Already borrowed" where another thread encodes.
+    transformers set truncation and padding on the way, and fail with "Already borrowed" beside another thread.
     Decoded text is what the tokens say: no spaces are cleaned up afterwards, which a stream could not take back.
 
     Raises:
@@ -39,7 +39,7 @@ class Tokenizer:
         self._anchor_text = self.decode(self._anchor)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; with what the tokenizer puts around it, such as a BOS token, unless told otherwise."""
+        """Token ids of a text; with what the tokenizer puts around it, such as a BOS token."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

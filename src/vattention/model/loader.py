@@ -1,0 +1,205 @@
+"""Loading a model and what comes with it, through transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from vattention.config import EngineConfig
+from vattention.errors import ConfigError, UnsupportedModelError
+from vattention.model.context import context_len
+from vattention.model.demo import demo_folder
+from vattention.model.generation import GenerationDefaults, generation_defaults
+from vattention.model.gguf import gguf_options
+from vattention.model.source import Source, check_weights, find
+from vattention.model.tokenizer import Tokenizer
+
+DEMO = "demo"
+
+_FAILURES = (OSError, ValueError, ImportError, KeyError)
+"""What transformers raises where something cannot be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model as it came, before anything is done to it.
+
+    Attributes:
+        name: as it was asked for.
+        model: in eval mode, without gradients.
+        hf_config: the configuration of its text part.
+        tokenizer: None where token ids only are served.
+        max_model_len: longest prompt plus output in tokens.
+    """
+
+    name: str
+    model: PreTrainedModel
+    hf_config: PreTrainedConfig
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    generation: GenerationDefaults
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load the model that `config.model` names; of a multimodal one, the part that reads and writes text.
+
+    Raises:
+        ConfigError: it cannot be found or loaded, or an option does not fit it.
+        UnsupportedModelError: it is no causal language model.
+    """
+    source = find(str(demo_folder()) if config.model == DEMO else config.model)
+    check_weights(source)
+    hf_config = _load_config(source, config)
+    _check_causal(hf_config)
+    text_config = hf_config.get_text_config(decoder=True)
+    max_model_len = context_len(text_config, config.max_model_len)
+    tokenizer = None if config.skip_tokenizer_init else load_tokenizer(source, config)
+    model = _load_model(source, hf_config, config)
+    return LoadedModel(
+        name=config.model,
+        model=model,
+        hf_config=model.config,
+        tokenizer=tokenizer,
+        max_model_len=max_model_len,
+        generation=generation_defaults(model.generation_config, text_config, tokenizer),
+    )
+
+
+def load_tokenizer(source: Source, config: EngineConfig) -> Tokenizer:
+    """The model's tokenizer, or the one that `config.tokenizer` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if config.tokenizer is not None:
+        source = find(config.tokenizer, "tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=config.trust_remote_code, **source.options
+        )
+    except _FAILURES as error:
+        raise ConfigError(
+            f"cannot load a tokenizer from {source.location!r}: {_first_line(error)}; name one with tokenizer=, or "
+            "serve token ids with skip_tokenizer_init=True"
+        ) from error
+    return Tokenizer(tokenizer)
+
+
+def _load_config(source: Source, config: EngineConfig) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            source.location, trust_remote_code=config.trust_remote_code, **source.options
+        )
+    except _FAILURES as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{config.model!r} runs Python code of its own; read it, then allow it with trust_remote_code=True"
+            ) from error
+        if "does not recognize this architecture" in str(error):
+            raise UnsupportedModelError(
+                f"transformers {transformers.__version__} does not know the architecture of {config.model!r}"
+            ) from error
+        if source.is_local:
+            raise ConfigError(f"cannot read the configuration of {config.model!r}: {_first_line(error)}") from error
+        raise ConfigError(
+            f"no model {config.model!r}: there is no folder or GGUF file of this name here, and the Hugging Face "
+            f"hub has no such repository, wants a token for it, or cannot be reached: {_first_line(error)}"
+        ) from error
+
+
+def _check_causal(config: PreTrainedConfig) -> None:
+    """Refuse what no causal language model is made from, as far as the configuration tells."""
+    made_for = ", ".join(config.architectures or ()) or config.model_type
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{made_for} is an encoder-decoder model; only decoders are served")
+    text_config = config.get_text_config(decoder=True)
+    # Encoders that could serve as decoders have both options.
+    is_encoder = hasattr(text_config, "add_cross_attention") and not getattr(text_config, "is_decoder", True)
+    if is_encoder or getattr(text_config, "use_bidirectional_attention", False) is True:
+        raise UnsupportedModelError(f"{made_for} is not causal: its tokens see those after them")
+    custom = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not custom:
+        raise UnsupportedModelError(
+            f"{made_for} is no causal language model: transformers {transformers.__version__} has none for "
+            f"{type(text_config).__name__}"
+        )
+
+
+def _load_model(source: Source, hf_config: PreTrainedConfig, config: EngineConfig) -> PreTrainedModel:
+    if source.gguf_file is None:
+        options: dict[str, Any] = {"dtype": config.dtype, "use_safetensors": True}
+    else:
+        # The blocks' own types are none to compute in; bfloat16 is what most were quantized from.
+        options = gguf_options(source, torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype))
+    loader = _loader(hf_config)
+    try:
+        model, info = loader.from_pretrained(
+            source.location,
+            config=hf_config,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except _FAILURES as error:
+        raise ConfigError(f"cannot load {config.model!r}: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UnsupportedModelError(
+            f"{config.model!r} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
+            f"{', …' if len(missing) > 3 else ''}; it was made for something other than generating text"
+        )
+    return text_part(model).eval().requires_grad_(False)
+
+
+def _loader(config: PreTrainedConfig) -> Any:
+    """The class that loads a whole checkpoint: transformers may know a multimodal one under another task only."""
+    text_config = config.get_text_config(decoder=True)
+    if text_config is config or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForCausalLM
+    if MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None) is MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]:
+        return AutoModelForCausalLM  # which takes the text part only
+    return AutoModelForImageTextToText
+
+
+def text_part(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal language model inside a multimodal one, sharing its weights; any other model as it is.
+
+    Raises:
+        UnsupportedModelError: its parts are not those of the language model that its configuration names.
+    """
+    text_config = model.config.get_text_config(decoder=True)
+    if text_config is model.config:
+        return model
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(text_config)
+    decoder = model.get_decoder()
+    if type(decoder) is not type(causal.base_model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a {type(decoder).__name__} inside, "
+            f"not the {type(causal.base_model).__name__} of {type(causal).__name__}"
+        )
+    setattr(causal, causal.base_model_prefix, decoder)
+    causal.set_output_embeddings(model.get_output_embeddings())
+    causal.config = decoder.config
+    causal.generation_config = model.generation_config
+    left = [name for name, tensor in [*causal.named_parameters(), *causal.named_buffers()] if tensor.is_meta]
+    if left:
+        raise UnsupportedModelError(f"{type(model).__name__} has no {left[0]} for {type(causal).__name__}")
+    return causal
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
