@@ -138,6 +138,24 @@ def test_kernel_mappings_are_counted_exactly(bench: Bench) -> None:
     assert bench.driver.num_mappings == 3
 
 
+def test_neighbours_in_memory_need_not_be_neighbours_in_the_file() -> None:
+    driver = HostDriver()
+    backend = Backend(driver, None)
+    upper = driver.reserve(16 * PAGE)  # pages 0 to 15 of the file
+    lower = driver.reserve(4 * PAGE)  # 17 to 20; the kernel places ranges downwards
+    other = driver.reserve(16 * PAGE)  # 22 to 37
+    if lower + 4 * PAGE != upper:
+        pytest.skip("this kernel did not put the ranges side by side")
+    _, there = backend.mapped(other, [0])
+    _, here = backend.mapped(upper, [2])
+    backend.write(np.array([other, upper + 2 * PAGE]), [1, 2])
+    both = np.array([upper - PAGE, upper])  # each page now stands 2 pages of the file away from home
+    driver.map(both, np.concatenate((there, here)))
+    driver.set_access(both)
+    assert backend.read(both) == [1, 2]
+    driver.close()
+
+
 def test_sharing_stops_before_kernel_mappings_run_out(bench: Bench) -> None:
     bench.driver._capabilities = replace(bench.driver.capabilities, max_mappings=11)
     bench.region.commit(at(0, 10))

@@ -235,7 +235,7 @@ class HostDriver:
             self._shift.values[homes] = shifts
             added = self._count_edges(edges) - num_edges
             self._check_mappings(added, len(addresses))
-            for start, count in runs(addresses, self._page_nbytes, shifts):
+            for start, count in runs(homes, 1, shifts):
                 undo.callback(self._map_back, addresses[start : start + count], before[start : start + count])
                 try:
                     self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
@@ -246,7 +246,7 @@ class HostDriver:
 
     def _map_back(self, addresses: IntArray, shifts: IntArray) -> None:
         homes = self._home(addresses)
-        for start, count in runs(addresses, self._page_nbytes, shifts):
+        for start, count in runs(homes, 1, shifts):
             self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
 
     def _map_file(self, address: int, page: int, count: int) -> None:
