@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import openai
 import pytest
@@ -18,6 +18,7 @@ from fastapi import FastAPI
 from tests.server.browser import Browser
 from tests.server.fake_engine import FakeEngine
 from vattention.server import bind, create_app
+from vattention.server.engine import ServedEngine
 from vattention.server.lifecycle import url_of
 
 
@@ -28,12 +29,15 @@ def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
         time.sleep(0.005)
 
 
+E = TypeVar("E", bound=ServedEngine)
+
+
 @dataclass(frozen=True)
-class Live:
+class LiveServer(Generic[E]):
     """A server that listens, and the engine behind it."""
 
     url: str
-    engine: FakeEngine
+    engine: E
     loop: asyncio.AbstractEventLoop
 
     def client(self, api_key: str = "none", **options: Any) -> openai.OpenAI:
@@ -46,8 +50,11 @@ class Live:
         self.loop.call_soon_threadsafe(function)
 
 
+Live = LiveServer[FakeEngine]
+
+
 @contextmanager
-def live(app: FastAPI, engine: FakeEngine) -> Iterator[Live]:
+def live(app: FastAPI, engine: E) -> Iterator[LiveServer[E]]:
     """Run `app` in a thread on a free port."""
     listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(
@@ -68,7 +75,7 @@ def live(app: FastAPI, engine: FakeEngine) -> Iterator[Live]:
     thread.start()
     try:
         assert started.wait(10)
-        yield Live(url_of(listener), engine, loops[0])
+        yield LiveServer(url_of(listener), engine, loops[0])
     finally:
         server.should_exit = True
         thread.join()

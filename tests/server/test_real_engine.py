@@ -1,0 +1,157 @@
+"""The server on the real engine with a tiny random model: what the scripted engine cannot show."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.model.tiny import byte_level, tiny_folder, tiny_llama
+from tests.server.conftest import LiveServer, live, wait_until
+from vattention.config import EngineConfig
+from vattention.engine.async_engine import AsyncEngine
+from vattention.server import create_app
+
+Real = LiveServer[AsyncEngine]
+
+STEADY: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Real]:
+    folder = tiny_folder(tmp_path_factory.mktemp("model"))
+    engine = AsyncEngine.from_config(EngineConfig(model=str(folder), max_num_seqs=8, kv_memory="16MiB"))
+    try:
+        with live(create_app(engine, served_model_name="tiny"), engine) as server:
+            yield server
+    finally:
+        engine.shutdown()
+
+
+@pytest.fixture
+def client(real: Real) -> Iterator[openai.OpenAI]:
+    with real.client() as made:
+        yield made
+
+
+def is_idle(real: Real) -> bool:
+    now = real.engine.statistics()
+    return now.num_running == now.num_waiting == now.accounts.live_nbytes == 0
+
+
+def test_says_what_transformers_says(client: openai.OpenAI) -> None:
+    tokenizer = byte_level()
+    prompt = tokenizer("hello world", return_tensors="pt")["input_ids"]
+    expected = tiny_llama().generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    extra = {"min_tokens": 12, "return_token_ids": True}
+    [choice] = client.completions.create(
+        model="tiny", prompt="hello world", max_tokens=12, temperature=0, extra_body=extra
+    ).choices
+    assert choice.model_dump()["token_ids"] == expected[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prompt", ["hello", "naïve café", "日本語"])
+def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI, prompt: str) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": prompt,
+        "max_tokens": 40,
+        "logprobs": 2,
+        "n": 2,
+        "seed": 7,
+    }
+    whole: Any = client.completions.create(**options)
+    texts, tokens = ["", ""], [list[str](), list[str]()]
+    stream: Any = client.completions.create(**options, stream=True)
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            tokens[choice.index] += choice.logprobs.tokens
+    assert texts == [choice.text for choice in whole.choices]
+    assert tokens == [choice.logprobs.tokens for choice in whole.choices]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_echoes_and_scores_the_prompt_for_every_sample(client: openai.OpenAI, stream: bool) -> None:
+    answer: Any = client.completions.create(
+        model="tiny", prompt="hello world " * 8, max_tokens=3, logprobs=1, echo=True, n=3, stream=stream
+    )
+    choices = [choice for chunk in (answer if stream else [answer]) for choice in chunk.choices]
+    for index in range(3):
+        own = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in own).startswith("hello world " * 8)
+        values = [value for choice in own for value in choice.logprobs.token_logprobs]
+        assert values[0] is None
+        assert all(value < 0 for value in values[1:])
+
+
+def test_the_chat_template_adds_one_bos_token(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=1,
+        extra_body={"return_token_ids": True},
+    )
+    ids = answer.model_dump()["prompt_token_ids"]
+    assert ids[0] == byte_level().bos_token_id
+    assert ids.count(ids[0]) == 1
+
+
+def test_tokens_there_and_back(real: Real) -> None:
+    ids = httpx.post(real.url + "/tokenize", json={"prompt": "naïve 日本"}).json()["tokens"]
+    assert ids == byte_level()("naïve 日本")["input_ids"]
+    assert httpx.post(real.url + "/detokenize", json={"tokens": ids[1:]}).json() == {"prompt": "naïve 日本"}
+
+
+def test_a_prompt_beyond_the_context(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.completions.create(model="tiny", prompt=[5] * 128)
+    assert refusal.value.code == "context_length_exceeded"
+
+
+def test_metrics_add_up(real: Real, client: openai.OpenAI) -> None:
+    def figure(name: str) -> float:
+        lines = httpx.get(real.url + "/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(name + "{")).split()[-1])
+
+    names = ["vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:request_params_n_count"]
+    before = [figure(name) for name in names]
+    client.completions.create(model="tiny", prompt=[5] * 20, max_tokens=7, **STEADY)
+    assert [figure(name) - past for name, past in zip(names, before, strict=True)] == [20, 7, 1]
+    assert figure("vattention:kv_live_bytes") == 0
+    assert figure("vattention:kv_reserved_bytes") > figure("vattention:kv_mapped_bytes") > 0
+
+
+async def test_of_100_clients_a_third_hangs_up_and_nothing_stays(real: Real) -> None:
+    rng = random.Random(1)
+
+    async def stays(api: openai.AsyncOpenAI, prompt: list[int]) -> None:
+        whole = await api.completions.create(model="tiny", prompt=prompt, max_tokens=10, **STEADY)
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 10
+
+    async def leaves_in_mid_stream(api: openai.AsyncOpenAI, prompt: list[int]) -> None:
+        stream = await api.completions.create(model="tiny", prompt=prompt, max_tokens=90, stream=True, **STEADY)
+        async with stream:
+            for _ in range(rng.randint(1, 10)):
+                await anext(stream)
+
+    async def leaves_while_waiting(api: openai.AsyncOpenAI, prompt: list[int]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(rng.uniform(0.0, 0.5)):
+                await api.completions.create(model="tiny", prompt=prompt, max_tokens=90, **STEADY)
+
+    async with real.async_client() as api:
+        kinds = (stays, leaves_in_mid_stream, stays, stays, leaves_while_waiting, stays)
+        prompts = [[rng.randint(3, 399)] * rng.randint(1, 30) for _ in range(100)]
+        await asyncio.gather(*(kinds[i % 6](api, prompt) for i, prompt in enumerate(prompts)))
+    await asyncio.to_thread(wait_until, lambda: is_idle(real))
+    real.engine._engine.manager.drop_warm()
+    assert real.engine.statistics().accounts.mapped_nbytes == 0
