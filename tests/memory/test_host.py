@@ -141,14 +141,14 @@ def test_kernel_mappings_are_counted_exactly(bench: Bench) -> None:
 def test_neighbours_in_memory_need_not_be_neighbours_in_the_file() -> None:
     driver = HostDriver()
     backend = Backend(driver, None)
-    nbytes = 2**32  # too large for a gap between other mappings: the kernel places such ranges downwards
-    upper, lower, other = (driver.reserve(nbytes) for _ in range(3))
-    if lower + nbytes != upper:
-        pytest.skip("this kernel did not put the ranges side by side")
-    _, there = backend.mapped(other, [0])
-    _, here = backend.mapped(upper, [2])
-    backend.write(np.array([other, upper + 2 * PAGE]), [1, 2])
-    both = np.array([upper - PAGE, upper])  # each page now stands 2 pages of the file away from home
+    nbytes = 16 * PAGE
+    starts = [driver.reserve(nbytes) for _ in range(32)]  # range k begins at page 17 k of the file
+    lower = next(k for k in range(31) if starts[k] + nbytes in starts)  # the kernel places most side by side
+    upper = starts.index(starts[lower] + nbytes)
+    _, there = backend.mapped(starts[lower + 1], [0])
+    _, here = backend.mapped(starts[upper], [2])
+    backend.write(np.array([starts[lower + 1], starts[upper] + 2 * PAGE]), [1, 2])
+    both = np.array([starts[upper] - PAGE, starts[upper]])  # each gets the page of the file 2 behind its home
     driver.map(both, np.concatenate((there, here)))
     driver.set_access(both)
     assert backend.read(both) == [1, 2]
