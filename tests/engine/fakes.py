@@ -15,6 +15,7 @@ from vattention.kv.layout import plan
 from vattention.kv.manager import KVManager
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
+from vattention.memory.driver import Driver
 
 VOCAB = 50
 END = 1
@@ -70,8 +71,8 @@ class FakeRunner:
         self.closed = True
 
 
-def fake_manager(num_slots: int, limit_pages: int, device: str = "meta") -> KVManager:
-    driver = open_driver(device, PAGE)
+def fake_manager(num_slots: int, limit_pages: int, driver: Driver | None = None) -> KVManager:
+    driver = driver or open_driver("meta", PAGE)
     layout = plan(
         SPECS, item_nbytes=4, num_slots=num_slots, max_len=64, page_nbytes=driver.page_nbytes, sliced=False
     )
@@ -85,6 +86,7 @@ def fake_engine(
     max_num_batched_tokens: int = 16,
     max_queue: int = 1000,
     runner: FakeRunner | None = None,
+    driver: Driver | None = None,
 ) -> LLMEngine:
     config = EngineConfig(
         model="fake",
@@ -95,7 +97,7 @@ def fake_engine(
     )
     parts = Parts(
         name="fake",
-        manager=fake_manager(num_slots, limit_pages),
+        manager=fake_manager(num_slots, limit_pages, driver),
         runner=runner or FakeRunner(),  # type: ignore[arg-type]  # the two methods an engine calls
         tokenizer=None,
         vocab_size=VOCAB,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from vattention.core import Chunk
 from vattention.engine.sequence import Sequence
-from vattention.errors import OutOfMemoryError
+from vattention.errors import DriverError, OutOfMemoryError, VAttentionError
 from vattention.kv.manager import KVManager
 
 
@@ -23,14 +23,14 @@ class Plan:
     Attributes:
         chunks: what to compute; `sequences` has their owners, in the same order.
         preempted: sequences that lost their slot to make room.
-        failed: sequences that can never fit, with the reason.
+        failed: sequences that can never fit or that the driver fails, with the reason.
         num_tokens: of all chunks.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
     sequences: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    failed: list[tuple[Sequence, OutOfMemoryError]] = field(default_factory=list)
+    failed: list[tuple[Sequence, VAttentionError]] = field(default_factory=list)
     num_tokens: int = 0
 
 
@@ -86,14 +86,17 @@ class Scheduler:
             count = 1 if remaining == 1 else self._chunk_length(sequence, min(remaining, for_prompts))
             if count == 0:
                 continue
-            while not self._provide(sequence, count):
-                victim = queue.pop() if queue else sequence
-                self._preempt(victim, plan)
-                if victim is sequence:
-                    break
-            else:
-                for_prompts -= count if remaining > 1 else 0
-                self._put(sequence, count, plan)
+            try:
+                while not self._provide(sequence, count):
+                    victim = queue.pop() if queue else sequence
+                    self._preempt(victim, plan)
+                    if victim is sequence:
+                        break
+                else:
+                    for_prompts -= count if remaining > 1 else 0
+                    self._put(sequence, count, plan)
+            except DriverError as error:
+                plan.failed.append((sequence, error))
 
     def _admit_waiting(self, plan: Plan) -> None:
         while self._waiting and (budget := self._max_num_batched_tokens - plan.num_tokens) > 0:
@@ -104,21 +107,30 @@ class Scheduler:
                 continue
             if self.running and not self._manager.has_room(sequence.num_tokens + 1):
                 return
-            placement = self._manager.take(sequence.token_ids(0, sequence.num_tokens))
-            sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
-            count = self._chunk_length(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
             heapq.heappop(self._waiting)
-            if self._provide(sequence, count):
-                self.running.append(sequence)
-                self._put(sequence, count, plan)
+            try:
+                admitted = self._admit(sequence, budget, plan)
+            except DriverError as error:
+                plan.failed.append((sequence, error))
                 continue
-            self._release(sequence)
-            if self.running:
+            if not admitted and self.running:
                 self.add(sequence)
-            else:
+                return
+            if not admitted:
                 plan.failed.append((sequence, self._too_large(sequence)))
-                continue
-            return
+
+    def _admit(self, sequence: Sequence, budget: int, plan: Plan) -> bool:
+        """Give a sequence a slot and its first chunk; False where memory is short."""
+        placement = self._manager.take(sequence.token_ids(0, sequence.num_tokens))
+        sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
+        self.running.append(sequence)
+        count = self._chunk_length(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
+        if self._provide(sequence, count):
+            self._put(sequence, count, plan)
+            return True
+        self.running.remove(sequence)
+        self._release(sequence)
+        return False
 
     def _chunk_length(self, sequence: Sequence, wanted: int) -> int:
         return min(wanted, self._max_logit_rows) if _reports_prompt(sequence) else wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from vattention.errors import OutOfMemoryError
+from vattention.errors import DriverError, OutOfMemoryError
 
 Want = tuple[int, int, int, int]
 """Slot, start, end, tenancy: memory for tokens [start, end) of the slot's present owner."""
@@ -14,8 +14,9 @@ Want = tuple[int, int, int, int]
 class Mapper:
     """Runs `provide(slot, start, end, tenancy)` for everything submitted, in order, on its own thread.
 
-    Mapping ahead is an optimisation: whoever needs the memory asks for it again and would see the same error, so
-    an iteration's wants end at the first shortage. Any other failure is kept and raised by the next `submit`.
+    Mapping ahead is an optimisation: whoever needs the memory asks for it again and will see the same error, so an
+    iteration's wants end where memory is short or the driver refuses. Any other failure is kept and raised by the
+    next `submit`.
     """
 
     def __init__(self, provide: Callable[[int, int, int, int], None]) -> None:
@@ -61,7 +62,7 @@ class Mapper:
             try:
                 for want in wants:
                     self._provide(*want)
-            except OutOfMemoryError:
+            except (OutOfMemoryError, DriverError):
                 continue
             except BaseException as error:
                 with self._wake:

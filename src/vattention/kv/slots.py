@@ -37,6 +37,11 @@ class Slot:
         return min((e.last if e.first == 0 else 0) for e in self.extents)
 
     @property
+    def stuck(self) -> bool:
+        """Whether memory is left here that no new sequence can use, because giving it back failed."""
+        return any(extent.first > 0 for extent in self.extents)
+
+    @property
     def mapped(self) -> bool:
         return any(extent.last > extent.first for extent in self.extents)
 
@@ -70,14 +75,18 @@ class SlotTable:
         """The free slot that suits a sequence of `num_tokens` best: the smallest warm one that holds it, else the
         largest warm one, which leaves the least to map, else a cold one. None if all are live.
         """
-        if self._warm:
-            holding = [(n, i) for i in self._warm if (n := self.slots[i].num_warm_tokens) >= num_tokens]
-            index = min(holding)[1] if holding else max(self._warm, key=lambda i: self.slots[i].num_warm_tokens)
-            del self._warm[index]
-        elif self._cold:
-            index = self._cold.pop()
+        warm = {i: n for i in self._warm if (n := self.slots[i].num_warm_tokens)}
+        if warm:
+            holding = [(n, i) for i, n in warm.items() if n >= num_tokens]
+            index = min(holding)[1] if holding else max(warm, key=lambda i: warm[i])
+        elif self._cold or self._warm:
+            index = self._cold[-1] if self._cold else next(iter(self._warm))
         else:
             return None
+        if index in self._warm:
+            del self._warm[index]
+        else:
+            self._cold.pop()
         slot = self.slots[index]
         slot.live = True
         slot.tenancy += 1

@@ -7,13 +7,14 @@ with compute, deferred reclamation).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from vattention.errors import OutOfMemoryError
+from vattention.errors import DriverError, OutOfMemoryError
 from vattention.kv.layout import Layout, TensorPlace
 from vattention.kv.manager import Accounts, LayerView, Placement
 from vattention.kv.mapper import Mapper
@@ -22,6 +23,8 @@ from vattention.memory.driver import Driver, IntArray
 from vattention.memory.pool import PagePool
 from vattention.memory.region import Region
 from vattention.memory.tensor import as_tensor, strided
+
+logger = logging.getLogger(__name__)
 
 
 class VirtualManager:
@@ -85,6 +88,9 @@ class VirtualManager:
             slot = self._table.take(len(token_ids))
             if slot is None:
                 raise OutOfMemoryError(1, 0, f"all {self.num_slots} slots are taken; raise max_num_seqs")
+            if slot.stuck and not self._drop_unusable(slot):
+                self._table.release(slot)
+                raise DriverError("unmap", 0, f"slot {slot.index} still has pages that could not be unmapped")
             return Placement(slot.index, 0)
 
     def ensure(self, slot: int, start: int, end: int) -> None:
@@ -116,17 +122,17 @@ class VirtualManager:
     def release(self, slot: int) -> None:
         with self._lock:
             record = self._live(slot)
-            for group, extent in zip(self._layout.groups, record.extents, strict=True):
-                if extent.first > 0:  # a new sequence begins at token 0 and could not use it
-                    self._unmap(group.pages(slot, extent.first, extent.last))
-                    extent.first = extent.last = 0
+            self._drop_unusable(record)
             self._table.release(record)
             self._reclaim(self.excess_nbytes)
 
     def drop_warm(self) -> None:
         with self._lock:
             self._reclaim(self._layout.nbytes)
-            self._pool.release_idle()
+            try:
+                self._pool.release_idle()
+            except DriverError:
+                logger.exception("idle memory could not be given back; it stays accounted for")
 
     def set_limit(self, nbytes: int) -> None:
         with self._lock:
@@ -248,9 +254,16 @@ class VirtualManager:
         for group, extent in zip(self._layout.groups, record.extents, strict=True):
             first = group.first_needed(start)
             first = min(first, extent.last - 1)  # the page that the extent ends in stays known
-            if first - extent.first >= group.step:
-                self._unmap(group.pages_behind(record.index, extent.first, first))
+            behind = first - extent.first
+            if behind >= group.step and self._try_unmap(group.pages_behind(record.index, extent.first, first)):
                 extent.first = first
+
+    def _drop_unusable(self, record: Slot) -> bool:
+        """Unmap what a new sequence, which begins at token 0, could not use. False if the driver refuses."""
+        for group, extent in zip(self._layout.groups, record.extents, strict=True):
+            if extent.first > 0 and self._try_unmap(group.pages(record.index, extent.first, extent.last)):
+                extent.first = extent.last = 0
+        return not record.stuck
 
     def _reclaim(self, nbytes: int) -> int:
         """Take back at least `nbytes` of warm memory if there is so much; returns how much it was."""
@@ -259,9 +272,10 @@ class VirtualManager:
             if before - self._pool.in_use_nbytes >= nbytes:
                 break
             for group, extent in zip(self._layout.groups, record.extents, strict=True):
-                self._unmap(group.pages(record.index, extent.first, extent.last))
-                extent.first = extent.last = 0
-            self._table.cool(record)
+                if self._try_unmap(group.pages(record.index, extent.first, extent.last)):
+                    extent.first = extent.last = 0
+            if not record.mapped:
+                self._table.cool(record)
         return before - self._pool.in_use_nbytes
 
     def _unmap(self, indices: IntArray) -> None:
@@ -269,3 +283,12 @@ class VirtualManager:
         mapped = indices[self._region.pages(indices) != 0]
         if len(mapped):
             self._region.unmap(mapped)
+
+    def _try_unmap(self, indices: IntArray) -> bool:
+        """`_unmap` where nothing depends on it now: a driver's refusal is logged, and it is tried again later."""
+        try:
+            self._unmap(indices)
+        except DriverError:
+            logger.exception("memory could not be given back; it stays mapped and accounted for")
+            return False
+        return True
