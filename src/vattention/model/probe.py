@@ -148,6 +148,8 @@ class _Recorder:
                     f"{self._model_name} passes {keyword!r} to the attention of {name}, whose meaning is not "
                     "known here"
                 )
+        if attention_mask is None and keywords.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise UnsupportedModelError(f"the attention of {name} is not causal: its tokens see those after them")
         scale, softcap, sinks = (keywords.get(keyword) for keyword in ("scaling", "softcap", "s_aux"))
         spec = AttentionSpec(
             num_heads=query.shape[1],
