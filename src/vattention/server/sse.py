@@ -23,9 +23,12 @@ DONE = b"data: [DONE]\n\n"
 Events = AsyncGenerator[Mapping[str, Any], None]
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def encode_event(data: Mapping[str, Any]) -> bytes:
     """One event; JSON has no line breaks of its own, so it needs one data line."""
-    return b"data: %s\n\n" % json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return b"data: %s\n\n" % _encoder.encode(data).encode()
 
 
 class EventStream(Response):
