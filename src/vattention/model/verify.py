@@ -15,8 +15,8 @@ from vattention.model.runner import ModelRunner
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest difference of the logits, by the Euclidean norm, relative to the model's own.
 
-Both without each row's mean, which no probability depends on. float32 leaves room for long sums in another order,
-the others for a few units in the last place per layer; a mistake in what a token sees makes a difference of about 1.
+Both without each row's mean, which no probability depends on. float32 leaves room for sums in another order, the
+others for a few units in the last place per layer. A mistake in what a token sees makes a difference of about 1.
 """
 
 _LENGTHS = (11, 6)
@@ -50,8 +50,8 @@ def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
     # Written so that NaN counts as a difference.
     if not difference <= bound:
         raise UnsupportedModelError(
-            f"{type(model).__name__} computes something else through the cache than by itself: its logits differ by "
-            f"{difference:.2g} of their norm, and {bound:.2g} is allowed in {model.dtype}"
+            f"{type(model).__name__} computes something else through the cache than by itself: its logits differ "
+            f"by {difference:.2g} of their norm, and {bound:.2g} is allowed in {model.dtype}"
         )
     return difference
 
