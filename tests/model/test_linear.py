@@ -210,6 +210,6 @@ def test_narrower_vectors_give_the_same(folder: Path, lanes: int) -> None:
         normed, gated = torch.empty_like(x), torch.empty_like(x[:, :50])
         kernels.rms_norm(x, torch.ones(100), 1e-6, normed)
         kernels.gate(x, 1.0, 0.0, gated)
-        close = {"rtol": 2**-7, "atol": 1e-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
-        torch.testing.assert_close(normed, F.rms_norm(x.double(), (100,), eps=1e-6).to(dtype), **close)
-        torch.testing.assert_close(gated, (F.silu(x[:, :50].double()) * x[:, 50:]).to(dtype), **close)
+        rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(normed, F.rms_norm(x.double(), (100,), eps=1e-6).to(dtype), rtol=rtol, atol=1e-5)
+        torch.testing.assert_close(gated, (F.silu(x[:, :50].double()) * x[:, 50:]).to(dtype), rtol=rtol, atol=1e-5)

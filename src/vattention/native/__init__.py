@@ -70,7 +70,7 @@ class Kernels:
         )
 
     def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
-        """y[rows, out] = x[rows, in] W^T + b for one row or more, of the weight's type; y and rows of x contiguous."""
+        """y[rows, out] = x[rows, in] W^T + b of the weight's type; one row or more, y and rows of x contiguous."""
         status = self._linear(
             ctypes.addressof(weight),
             x.data_ptr(),
@@ -101,7 +101,7 @@ class Kernels:
         )
 
     def gate(self, gate_up: Tensor, linear: float, cubic: float, y: Tensor) -> None:
-        """y[rows, n] = f(g) u of contiguous gate_up[rows, 2n] = (g, u), f(x) = x sigmoid(x (linear + cubic x^2))."""
+        """y[rows, n] = f(g) u of contiguous gate_up[rows, 2n] = (g, u); f(x) = x sigmoid(x (linear + cubic x²))."""
         rows, width = y.shape
         self._gate(
             gate_up.data_ptr(),
