@@ -106,7 +106,7 @@ def changed(change: Callable[[dict[str, Any]], Any], every: int = 1) -> PreTrain
 
 
 def test_refuses_keywords_it_does_not_know() -> None:
-    with pytest.raises(UnsupportedModelError, match="passes 'position_bias' to the attention of model.layers.0"):
+    with pytest.raises(UnsupportedModelError, match=r"passes 'position_bias' to the attention of model\.layers\.0"):
         probe(changed(lambda _: {"position_bias": torch.zeros(1)}))
 
 
@@ -128,7 +128,7 @@ def test_refuses_layers_without_attention() -> None:
     model = ARCHITECTURES["llama"]()
     model.model.layers = model.model.layers[:2]
     model.config.num_hidden_layers = 3
-    with pytest.raises(UnsupportedModelError, match="has 3 layers, .* called 2 times"):
+    with pytest.raises(UnsupportedModelError, match=r"has 3 layers, .* called 2 times"):
         probe(model)
 
 

@@ -63,7 +63,8 @@ def last_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> tor
 
 def own_logits(model: PreTrainedModel, prompt: Sequence[int]) -> torch.Tensor:
     with torch.inference_mode():
-        return model(torch.tensor([prompt]), use_cache=False).logits[0, -1:]
+        logits: torch.Tensor = model(torch.tensor([prompt]), use_cache=False).logits
+    return logits[0, -1:]
 
 
 def test_without_it_a_long_neighbour_changes_a_short_prompt() -> None:

@@ -42,43 +42,41 @@ class SdpaKernel:
         spec: AttentionSpec,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
+        rows = query.view(-1, spec.num_kv_heads, spec.num_heads // spec.num_kv_heads, spec.key_dim)
+        # [num_slots, kv heads, max_len, dim]: once, not per sequence, which took a quarter of a small decode.
+        keys, values = view.keys.transpose(1, 2), view.values.transpose(1, 2)
         outputs = []
         for slot, first_row, num_rows, start in batch.spans:
             if num_rows == 1:
                 first_key = 0 if spec.window is None else max(0, start - spec.window + 1)
-                outputs.append(_decode(query[first_row], view, slot, first_key, start + 1, spec))
+                outputs.append(
+                    scaled_dot_product_attention(
+                        rows[first_row : first_row + 1],
+                        keys[slot : slot + 1, :, first_key : start + 1],
+                        values[slot : slot + 1, :, first_key : start + 1],
+                        scale=spec.scale,
+                    )
+                )
             else:
                 for block in blocks(first_row, num_rows, start, spec.window, _MAX_MASK):
-                    outputs.append(_prefill(query, view, slot, block, spec))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+                    outputs.append(_prefill(rows, keys[slot], values[slot], block, spec.scale))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output.reshape(-1, spec.num_heads, spec.value_dim)
 
 
-def _decode(
-    query: torch.Tensor, view: LayerView, slot: int, first_key: int, end_key: int, spec: AttentionSpec
+def _prefill(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, block: Block, scale: float
 ) -> torch.Tensor:
-    """One token, which sees all the keys it is given: [num_heads, key_dim] → [1, num_heads, value_dim]."""
+    """[num_rows, kv heads, groups, value_dim] of a block, from [kv heads, max_len, dim] keys and values."""
+    num_groups = rows.shape[2]
+    span = slice(block.first_key, block.end_key)
+    is_causal = block.is_causal_square and not block.sees_all
     attended = scaled_dot_product_attention(
-        query.view(1, spec.num_kv_heads, -1, spec.key_dim),
-        view.keys[slot, first_key:end_key].transpose(0, 1).unsqueeze(0),
-        view.values[slot, first_key:end_key].transpose(0, 1).unsqueeze(0),
-        scale=spec.scale,
+        rows[block.first_row : block.first_row + block.num_rows].permute(1, 2, 0, 3),
+        keys[:, span].unsqueeze(1).expand(-1, num_groups, -1, -1),
+        values[:, span].unsqueeze(1).expand(-1, num_groups, -1, -1),
+        attn_mask=None if is_causal or block.sees_all else block.visible(rows.device),
+        is_causal=is_causal,
+        scale=scale,
     )
-    return attended.reshape(1, spec.num_heads, spec.value_dim)
-
-
-def _prefill(query: torch.Tensor, view: LayerView, slot: int, block: Block, spec: AttentionSpec) -> torch.Tensor:
-    """A block of rows: [num_rows, num_heads, value_dim]."""
-    num_groups = spec.num_heads // spec.num_kv_heads
-    rows = query[block.first_row : block.first_row + block.num_rows]
-    keys = view.keys[slot, block.first_key : block.end_key].transpose(0, 1).unsqueeze(1)
-    values = view.values[slot, block.first_key : block.end_key].transpose(0, 1).unsqueeze(1)
-    is_causal = block.is_causal_square
-    attended = scaled_dot_product_attention(
-        rows.view(-1, spec.num_kv_heads, num_groups, spec.key_dim).permute(1, 2, 0, 3),
-        keys.expand(-1, num_groups, -1, -1),
-        values.expand(-1, num_groups, -1, -1),
-        attn_mask=None if is_causal or block.sees_all else block.visible(query.device),
-        is_causal=is_causal and not block.sees_all,
-        scale=spec.scale,
-    )
-    return attended.permute(2, 0, 1, 3).reshape(block.num_rows, spec.num_heads, spec.value_dim)
+    return attended.permute(2, 0, 1, 3)

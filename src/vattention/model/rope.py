@@ -41,7 +41,7 @@ def fix_rope(model: PreTrainedModel, max_model_len: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Rope:
-    """Rotary frequencies that follow the batch: a module's, or of one type of layers in a module that has several."""
+    """Rotary frequencies that follow the batch: a module's only ones, or those of one type of layers."""
 
     module: Any
     kind: str
