@@ -147,7 +147,7 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
         {"top_p": 0.7},
         {"top_k": 5},
         {"min_p": 0.1},
-        {"seed": 3},
+        {"temperature": 2.5},
     ]
     rows = [row(i, **params) for i, params in enumerate(kinds * 2)]
     together = [token.token_id for token in sample(logits, rows)]
