@@ -18,7 +18,7 @@ from vattention.engine.engine import LLMEngine
 from vattention.sampling_params import SamplingParams
 
 mpl.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  # the back end is chosen before
+from matplotlib import pyplot as plt  # the back end is chosen before
 
 MIB = 2**20
 
