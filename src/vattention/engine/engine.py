@@ -158,6 +158,10 @@ class LLMEngine:
         """Forward, sample, and give each sequence its token; returns the sequences that moved."""
         sampling: list[Sequence] = []
         rows: list[int] = []
+        begun = time.monotonic()
+        for sequence in plan.sequences:
+            if sequence.request.metrics.first_scheduled_time is None:
+                sequence.request.metrics.first_scheduled_time = begun
         try:
             logits = self._parts.runner.forward(plan.chunks)
             end = 0
@@ -177,8 +181,6 @@ class LLMEngine:
         now = time.monotonic()
         for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
             sequence.num_computed = chunk.end
-            if sequence.request.metrics.first_scheduled_time is None:
-                sequence.request.metrics.first_scheduled_time = now
         for sequence, token in zip(sampling, chosen, strict=True):
             if token.error is not None:
                 self._end([sequence], "error", token.error)
