@@ -204,7 +204,8 @@ class LLMEngine:
         if tokens:
             first = known - 1 - start
             report = prompt_logprobs(logits[first : first + len(tokens)], tokens, request.params.prompt_logprobs)
-            request.prompt_logprobs.extend(report)
+            text = sequence.text
+            request.prompt_logprobs.extend(text.spell_out(entry) if text is not None else entry for entry in report)
 
     def _fail(self, plan: Plan) -> list[Sequence]:
         for sequence, error in plan.failed:

@@ -73,7 +73,7 @@ class Sequence:
         self.output_token_ids.append(token)
         if sampled.logprob is not None:
             self.cumulative_logprob += sampled.logprob
-            self.logprobs.append(sampled.top)
+            self.logprobs.append(self.text.spell_out(sampled.top) if self.text is not None else sampled.top)
         enough = len(self.output_token_ids) >= params.min_tokens
         if enough and not params.ignore_eos and token in self.request.end_token_ids:
             self.finish("stop", None, ending=token)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vattention.model.detokenizer import Detokenizer
 from vattention.model.stop import StopChecker
 from vattention.model.tokenizer import Tokenizer
+from vattention.outputs import TokenLogprobs
 from vattention.sampling_params import SamplingParams
 
 
@@ -18,6 +20,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, prompt_token_ids, params.skip_special_tokens)
         self._stop = StopChecker(params.stop_strings, params.include_stop_str_in_output)
         self.text = ""
@@ -31,6 +34,13 @@ class TextStream:
         news = self._detokenizer.add([token_id])
         self.text += self._stop.add(news) if may_stop else self._stop.pass_by(news)
         return self._stop.found
+
+    def spell_out(self, logprobs: TokenLogprobs) -> TokenLogprobs:
+        """The same logprobs, with each token's text."""
+        return {
+            token: replace(logprob, decoded_token=self._tokenizer.token_text(token))
+            for token, logprob in logprobs.items()
+        }
 
     def finish(self) -> None:
         """No more tokens will come: what was held back is final, unless a stop string ended the text before it."""
