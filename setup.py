@@ -12,7 +12,7 @@ setup(
             "vattention.native._kernels",
             sources=sorted(glob(f"{NATIVE}/*.c")),
             depends=sorted(glob(f"{NATIVE}/*.h")),
-            extra_compile_args=["-O3", "-g0"],
+            extra_compile_args=["-O3", "-g0", "-Wno-psabi"],
             # Without a C compiler the package installs and computes the same, only slower.
             optional=True,
         )

@@ -1,6 +1,6 @@
 """Share of the engine's step time that waits for memory to be mapped, with and without the mapper thread.
 
-    python benchmarks/mapping_in_steps.py --model demo --out benchmarks/results/mapping_in_steps.json
+    python -m benchmarks.mapping_in_steps --model demo --out benchmarks/results/mapping_in_steps.json
 
 Each run decodes a batch from cold slots, so that every page is mapped in it. Runs with and without the mapper take
 turns; figures are medians over runs, with the smallest and the largest.

@@ -21,6 +21,7 @@ mpl.use("svg")
 from matplotlib import pyplot as plt  # the back end is chosen before
 
 MIB = 2**20
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def record(model: str, max_model_len: int, max_num_seqs: int) -> list[dict[str, float]]:
@@ -79,7 +80,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/memory.svg"))
     arguments = parser.parse_args()
     samples = record(arguments.model, arguments.max_model_len, arguments.max_num_seqs)
-    arguments.out.with_suffix(".json").write_text(json.dumps(samples))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "memory_timeline.json").write_text(json.dumps(samples) + "\n")
     title = f"64 requests on {arguments.model}, context {arguments.max_model_len:,}, {arguments.max_num_seqs} slots"
     draw(samples, title, arguments.out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -45,6 +46,8 @@ class LLM:
             raise ConfigError(f"LLM has no argument {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
         self.engine = LLMEngine.from_config(EngineConfig(model=model, tokenizer=tokenizer, **options))
         self._ids = itertools.count()
+        # The model and the mapper's thread hold on to the cache: without this it would outlive the last reference.
+        self._close = weakref.finalize(self, self.engine.close)
 
     def __enter__(self) -> Self:
         return self
@@ -141,8 +144,8 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
-        """Give all memory back. The object cannot be used any more."""
-        self.engine.close()
+        """Give all memory back, as happens by itself with the last reference. The object cannot be used any more."""
+        self._close()
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:

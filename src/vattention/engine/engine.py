@@ -167,8 +167,8 @@ class LLMEngine:
             end = 0
             for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
                 begin, end = end, end + chunk.num_logits
-                if chunk.num_logits > 1 or (chunk.num_logits and chunk.end < sequence.num_tokens):
-                    self._report_prompt(sequence, chunk.start, logits[begin:end])
+                if sequence.index == 0 and sequence.request.params.prompt_logprobs is not None:
+                    self._report_prompt(sequence, chunk.end - chunk.num_logits, logits[begin:end])
                 if chunk.end == sequence.num_tokens:
                     sampling.append(sequence)
                     rows.append(end - 1)
@@ -194,17 +194,16 @@ class LLMEngine:
 
     def _report_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
         """Row i of `logits` foretells the prompt's token start + i + 1."""
-        request = sequence.request
-        if request.params.prompt_logprobs is None or sequence.index != 0:
-            return
+        request, text = sequence.request, sequence.text
         if request.prompt_logprobs is None:
             request.prompt_logprobs = [None]
         known = len(request.prompt_logprobs)
         tokens = request.prompt_token_ids[known : start + len(logits) + 1]
         if tokens:
             first = known - 1 - start
-            report = prompt_logprobs(logits[first : first + len(tokens)], tokens, request.params.prompt_logprobs)
-            text = sequence.text
+            report = prompt_logprobs(
+                logits[first : first + len(tokens)], tokens, request.params.prompt_logprobs or 0
+            )
             request.prompt_logprobs.extend(text.spell_out(entry) if text is not None else entry for entry in report)
 
     def _fail(self, plan: Plan) -> list[Sequence]:

@@ -3,7 +3,7 @@
  * SiLU and the tanh form of GELU are both x * sigmoid(x * (a + b x^2)): with a = 1, b = 0, and with
  * a = 2 sqrt(2 / pi), b = 0.044715 a, since (1 + tanh(t)) / 2 = sigmoid(2 t).
  */
-#include "rowwise.h"
+#include "common.h"
 
 typedef struct {
     const void *gate_up;
@@ -13,56 +13,12 @@ typedef struct {
     int32_t dtype;
 } gate_args;
 
-INLINE floats16 choose(ints16 condition, floats16 yes, floats16 no) {
-    return (floats16)((condition & (ints16)yes) | (~condition & (ints16)no));
-}
-
-/* 1 / (1 + e^-x): e^x as 2^n e^r with |r| <= ln(2) / 2 and e^r by its Taylor series, good to float32's rounding. */
-INLINE floats16 sigmoid(floats16 x) {
-    const float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    /* Beyond this the result is 1, or so small that float32 has no normal number for e^-x. */
-    const floats16 limit = (floats16){0} + 87.0f;
-    floats16 t = -x;
-    t = choose(t > limit, limit, t);
-    t = choose(t < -limit, -limit, t);
-    /* Adding and taking away 1.5 * 2^23 rounds to a whole number. */
-    const floats16 n = (t * log2e + 12582912.0f) - 12582912.0f;
-    const floats16 r = (t - n * ln2_high) - n * ln2_low;
-    floats16 e = r * (1.0f / 5040) + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const ints16 power = (__builtin_convertvector(n, ints16) + 127) << 23;
-    return 1.0f / (1.0f + e * (floats16)power);
-}
-
-INLINE void gate(const gate_args *args, int64_t first, int64_t last, const int32_t dtype) {
-    const int64_t width = args->width;
-    for (int64_t row = first; row < last; row++) {
-        for (int64_t i = 0; i < width; i += LANES16) {
-            const floats16 x = load16(args->gate_up, 2 * row * width + i, width - i, dtype);
-            const floats16 up = load16(args->gate_up, (2 * row + 1) * width + i, width - i, dtype);
-            const floats16 active = x * sigmoid(x * (args->linear + args->cubic * x * x));
-            store16(args->y, row * width + i, width - i, dtype, active * up);
-        }
-    }
-}
-
-CLONES static void gate_rows(const void *arguments, int64_t first, int64_t last) {
-    const gate_args *args = arguments;
-    if (args->dtype == FLOAT32) {
-        gate(args, first, last, FLOAT32);
-    } else {
-        gate(args, first, last, BFLOAT16);
-    }
-}
+#define ROWS "gate_rows.h"
+#include "rowwise_sets.h"
 
 /* y[rows, width] = f(g) * u of gate_up[rows, 2 width] = (g, u), f(x) = x sigmoid(x (linear + cubic x^2)). */
 void vattention_gate(const void *gate_up, void *y, int64_t num_rows, int64_t width, float linear, float cubic,
                      int32_t dtype, int32_t num_threads, parallel_fn parallel) {
     const gate_args args = {gate_up, y, width, linear, cubic, dtype};
-    for_rows(gate_rows, &args, num_rows, width, num_threads, parallel);
+    for_rows(best_rows(), &args, num_rows, width, num_threads, parallel);
 }

@@ -1,0 +1,43 @@
+/* One instruction set's vectors of 16 numbers; included once for each by rowwise_sets.h with
+ *   SET     a name
+ *   TARGET  the function attribute that turns the instruction set on
+ *
+ * Compilers take vectors apart where a function is defined, before it is inlined: a helper that is to become one
+ * instruction must itself be compiled for the instruction set of those that call it.
+ */
+#define JOIN2(a, b) a##_##b
+#define JOIN(a, b) JOIN2(a, b)
+#define NAME(name) JOIN(name, SET)
+
+/* Up to 16 numbers of either type from x[i], the rest zeros. */
+TARGET INLINE floats16 NAME(load16)(const void *x, int64_t i, int64_t count, int32_t dtype) {
+    if (dtype == FLOAT32) {
+        floats16 out = {0};
+        if (count >= LANES16) {
+            return *(const floats16 *)((const float *)x + i);
+        }
+        memcpy(&out, (const float *)x + i, (size_t)count * 4);
+        return out;
+    }
+    halves16 bits = {0};
+    if (count >= LANES16) {
+        bits = *(const halves16 *)((const uint16_t *)x + i);
+    } else {
+        memcpy(&bits, (const uint16_t *)x + i, (size_t)count * 2);
+    }
+    return (floats16)(__builtin_convertvector(bits, words16) << 16);
+}
+
+/* Stores up to 16 numbers to y[i], in bfloat16 rounded to nearest even, NaN kept. */
+TARGET INLINE void NAME(store16)(void *y, int64_t i, int64_t count, int32_t dtype, floats16 values) {
+    const size_t n = count >= LANES16 ? LANES16 : (size_t)count;
+    if (dtype == FLOAT32) {
+        memcpy((float *)y + i, &values, n * 4);
+        return;
+    }
+    const words16 bits = (words16)values;
+    const words16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const words16 nan = (words16)(values != values);
+    const halves16 out = __builtin_convertvector((rounded & ~nan) | (((bits >> 16) | 0x40u) & nan), halves16);
+    memcpy((uint16_t *)y + i, &out, n * 2);
+}

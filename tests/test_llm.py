@@ -1,0 +1,117 @@
+"""`LLM` as a script that came from vLLM uses it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.model.tiny import tiny_folder
+from vattention import LLM, CompletionOutput, RequestOutput, SamplingParams
+from vattention.errors import ConfigError, ContextLengthError, RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_folder(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Iterator[LLM]:
+    with LLM(str(folder), dtype="float32", max_num_seqs=4, kv_memory="64MiB") as made:
+        yield made
+
+
+def test_outputs_are_shaped_as_vllms_and_in_the_order_of_the_prompts(llm: LLM) -> None:
+    prompts = ["hello", "a longer prompt, to finish in another order", "x"]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    for output in outputs:
+        assert isinstance(output, RequestOutput)
+        assert output.finished
+        assert output.prompt_token_ids == llm.get_tokenizer().encode(output.prompt or "")
+        (sample,) = output.outputs
+        assert isinstance(sample, CompletionOutput)
+        assert len(sample.token_ids) == 6
+        assert sample.finish_reason == "length"
+        assert (
+            sample.text
+            == llm.get_tokenizer().decode([*output.prompt_token_ids, *sample.token_ids])[
+                len(llm.get_tokenizer().decode(output.prompt_token_ids)) :
+            ]
+        )
+
+
+def test_a_prompt_alone_and_token_ids_do_as_well(llm: LLM) -> None:
+    (text,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    ids: Any = {"prompt_token_ids": text.prompt_token_ids}
+    (tokens,) = llm.generate(ids, GREEDY, use_tqdm=False)
+    assert tokens.prompt is None
+    assert tokens.outputs[0].token_ids == text.outputs[0].token_ids
+    assert (
+        llm.generate({"prompt": "hello"}, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+        == text.outputs[0].token_ids
+    )
+
+
+def test_each_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (2, 5)]
+    outputs = llm.generate(["a", "b"], params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [2, 5]
+    with pytest.raises(RequestError, match="2 prompts, but 1 sampling_params"):
+        llm.generate(["a", "b"], params[:1], use_tqdm=False)
+
+
+def test_samples_are_reproduced_by_seed_and_differ_without(llm: LLM) -> None:
+    seeded = SamplingParams(temperature=1.0, seed=5, n=3, max_tokens=8, ignore_eos=True)
+    first, second = (llm.generate("hello", seeded, use_tqdm=False)[0] for _ in range(2))
+    assert [s.token_ids for s in first.outputs] == [s.token_ids for s in second.outputs]
+    assert len({tuple(s.token_ids) for s in first.outputs}) == 3
+
+
+def test_an_invalid_prompt_stops_the_call_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(ContextLengthError):
+        llm.generate(["fine", "x " * 5000], GREEDY, use_tqdm=False)
+    assert not llm.engine.has_unfinished_requests()
+
+
+def test_chat_puts_the_conversation_through_the_template(llm: LLM) -> None:
+    conversation = [{"role": "user", "content": "hello"}]
+    one = llm.chat(conversation, GREEDY, use_tqdm=False)
+    many = llm.chat([conversation, conversation], GREEDY, use_tqdm=False)
+    assert [output.prompt_token_ids for output in many] == [one[0].prompt_token_ids] * 2
+    assert one[0].prompt_token_ids == llm.get_tokenizer().apply_chat_template(conversation)
+
+
+def test_vllms_other_arguments_are_refused_by_name(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+        LLM(str(folder), gpu_memory_utilization=0.9)
+    with pytest.raises(ConfigError, match="enable_prefix_caching"):
+        LLM(str(folder), enable_prefix_caching=True)
+
+
+def test_token_ids_only_without_a_tokenizer(folder: Path) -> None:
+    with LLM(str(folder), skip_tokenizer_init=True, kv_memory="64MiB") as llm:
+        ids: Any = {"prompt_token_ids": [5, 6, 7]}
+        (output,) = llm.generate(ids, GREEDY, use_tqdm=False)
+        assert output.outputs[0].text == ""
+        assert len(output.outputs[0].token_ids) == 6
+        with pytest.raises(ConfigError, match="skip_tokenizer_init"):
+            llm.get_tokenizer()
+
+
+def test_the_last_reference_takes_the_memory_with_it(folder: Path) -> None:
+    llm = LLM(str(folder), kv_memory="64MiB")
+    llm.generate("hello", GREEDY, use_tqdm=False)
+    maps = Path("/proc/self/maps")
+    before = maps.read_text().count("memfd:vattention")
+    del llm
+    gc.collect()
+    assert maps.read_text().count("memfd:vattention") == before - 1
