@@ -144,7 +144,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
-        """Give all memory back, as happens by itself with the last reference. The object cannot be used any more."""
+        """Give all memory back, as happens by itself with the last reference; nothing works afterwards."""
         self._close()
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
