@@ -67,7 +67,7 @@ def draw(samples: list[dict[str, float]], title: str, out: Path) -> None:
     ):
         axes.fill_between(times, [sample[key] for sample in samples], label=label, color=colour, step="post")
     axes.set(xlabel="seconds", ylabel="MiB of physical memory", title=title, xlim=(0, times[-1]), ylim=(0, None))
-    axes.legend(frameon=False)
+    axes.legend(loc="center", facecolor="white", framealpha=1, edgecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, metadata={"Date": None})
 
