@@ -19,8 +19,10 @@ from vattention.sampling_params import SamplingParams
 @pytest.mark.parametrize("shortage", [False, True], ids=["refusal", "shortage"])
 @pytest.mark.parametrize("half_way", [False, True], ids=["at once", "half way"])
 @pytest.mark.parametrize("method", METHODS)
-def test_one_failing_call(method: str, half_way: bool, shortage: bool, nth: int, device: str) -> None:
-    logging.disable(logging.ERROR)
+def test_one_failing_call(
+    method: str, half_way: bool, shortage: bool, nth: int, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="vattention")
     driver = FaultyDriver(open_driver(device, PAGE))
     engine = fake_engine(num_slots=3, limit_pages=60, driver=driver)
     prompts = {str(i): [2 + i] * (3 + 2 * i) for i in range(8)}
@@ -43,4 +45,3 @@ def test_one_failing_call(method: str, half_way: bool, shortage: bool, nth: int,
     engine.manager.drop_warm()
     assert engine.manager.accounts().mapped_nbytes == 0
     engine.close()
-    logging.disable(logging.NOTSET)

@@ -5,8 +5,8 @@ each, and whole pages: growing a sequence by some tokens means mapping the next 
 
 - per-layer: each layer's K and each layer's V is a plane, [slots, max_len, heads, dim] and dense.
 - sliced: all layers of a group share one plane; a token's K and V of all layers are neighbours. Growth is one run
-  of pages, and a large page holds few tokens. This is the vAttention paper's tensor slicing (section 8) taken to
-  its end.
+  of pages, and a large page holds few tokens. This is the vAttention paper's tensor slicing (arXiv 2405.04437)
+  taken to its end.
 
 Layers that see the same part of the past form a *group*: full attention, or one window size. A group maps and
 unmaps in lockstep. Which layout it is shows only in the numbers; nothing branches on it afterwards.

@@ -1,8 +1,7 @@
 """The manager this project exists for: contiguous slots in virtual memory, pages mapped as tokens arrive.
 
-After vAttention (arXiv 2405.04437): a slot per running sequence (section 5), memory mapped ahead of the iteration
-that needs it, released slots kept warm and taken back only under pressure (section 6.1: overlapping allocation
-with compute, deferred reclamation).
+After vAttention (arXiv 2405.04437): a slot per running sequence, memory mapped ahead of the iteration
+that needs it, while the model computes, released slots kept warm and taken back only under pressure.
 """
 
 from __future__ import annotations
