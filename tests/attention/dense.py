@@ -49,8 +49,25 @@ class DenseManager:
     def layer(self, index: int) -> LayerView:
         return self._views[index]
 
-    def take(self, token_ids: Sequence[int]) -> Placement:
+    def take(self, token_ids: Sequence[int], *, salt: str = "", max_tokens: int | None = None) -> Placement:
         return Placement(self._free.pop(), 0)
+
+    def awaits(self, token_ids: Sequence[int], *, salt: str = "") -> bool:
+        return False
+
+    def computed(self, slot: int, num_tokens: int) -> None:
+        """Nobody asks for prefixes."""
+
+    def fork(self, slot: int, num_tokens: int) -> int:
+        other = self._free.pop()
+        for view in self._views:
+            view.keys[other, :num_tokens] = view.keys[slot, :num_tokens]
+            view.values[other, :num_tokens] = view.values[slot, :num_tokens]
+        return other
+
+    def runs(self, slot: int, num_tokens: int) -> list[torch.Tensor]:
+        tensors = [tensor for view in self._views for tensor in (view.keys, view.values)]
+        return [tensor[slot, :num_tokens].view(torch.uint8) for tensor in tensors]
 
     def ensure(self, slot: int, start: int, end: int) -> None:
         assert end <= self.max_len
@@ -65,7 +82,7 @@ class DenseManager:
         for view in self._views:
             self._forget(view, slot, num_tokens, self.max_len)
 
-    def release(self, slot: int) -> None:
+    def release(self, slot: int, token_ids: Sequence[int] | None = None) -> None:
         self.trim(slot, 0)
         self._free.append(slot)
 

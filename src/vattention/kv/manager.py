@@ -1,8 +1,13 @@
 """What the engine and the model ask of a KV cache, whoever manages its memory.
 
-The engine talks in slots and token counts, the model in layers' tensors; bytes and pages stay below. One forward
+The engine talks in slots and tokens, the model in layers' tensors; bytes, pages and blocks stay below. One forward
 pass asks for its room first (`ensure`), writes keys and values through `layer(i).append`, and reads them in the
-attention kernel.
+attention kernel. A sequence's life::
+
+    take ─► (ensure ─► forward ─► computed)* ─► release
+      └ finds a known prefix in the cache        └ leaves its tokens in the cache
+
+    fork: a second sequence goes on from the first tokens of a running one
 """
 
 from __future__ import annotations
@@ -29,11 +34,12 @@ class Accounts:
     Attributes:
         reserved_nbytes: virtual addresses, with or without memory behind them.
         limit_nbytes: most physical memory it may use.
-        mapped_nbytes: physical memory in use: live and warm, each page counted once.
-        live_nbytes: behind slots of running sequences.
-        token_nbytes: of those, the bytes that hold tokens a later forward reads.
-        warm_nbytes: behind released slots, kept until somebody needs it.
-        shared_nbytes: saved by pages that stand behind more than one slot.
+        mapped_nbytes: physical memory in use, each page counted once: live and warm.
+        live_nbytes: of that, what running sequences cannot do without; a page behind several counts once.
+        token_nbytes: bytes of tokens that running sequences' later forwards read, counted once per sequence: with
+            sharing it may exceed `live_nbytes`.
+        warm_nbytes: the rest of the mapped memory: cached prefixes and released slots, kept until somebody needs it.
+        shared_nbytes: memory saved: what running sequences would need besides `live_nbytes` if nothing were shared.
     """
 
     reserved_nbytes: int
@@ -47,7 +53,7 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """One layer's keys and values, as the kernels see them: plain strided tensors over the virtual range.
+    """One layer's keys and values, contiguous per slot: plain strided tensors over the virtual range.
 
     Attributes:
         keys: [num_slots, max_len, num_kv_heads, key_dim].
@@ -65,11 +71,44 @@ class LayerView:
         self.values[slots, positions] = value
 
 
+@dataclass(frozen=True, slots=True)
+class PagedLayerView:
+    """One layer's keys and values in blocks, as PagedAttention (arXiv 2309.06180, section 4.1) stores them.
+
+    Attributes:
+        keys: [num_blocks, block_size, num_kv_heads, key_dim].
+        values: [num_blocks, block_size, num_kv_heads, value_dim].
+        tables: [num_slots, max_blocks] int32: entry (s, i) is the block of slot s's tokens [i * block_size,
+            (i + 1) * block_size). The manager rewrites it in place; entries of tokens that `ensure` did not
+            provide, or that lie behind a sliding window, mean nothing.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tables: torch.Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[1]
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor) -> None:
+        """Write tokens: `key` is [T, num_kv_heads, key_dim], row t goes to (slots[t], positions[t])."""
+        blocks = self.tables[slots, positions // self.block_size].long()
+        offsets = positions % self.block_size
+        self.keys[blocks, offsets] = key
+        self.values[blocks, offsets] = value
+
+
+CacheView = LayerView | PagedLayerView
+
+
 class KVManager(Protocol):
     """Slots and the memory behind them. Thread-safe: the engine's thread and the mapper's both call in."""
 
     @property
-    def num_slots(self) -> int: ...
+    def num_slots(self) -> int:
+        """Most sequences at a time. Slots are numbered from 0; their numbers may go beyond `num_slots`."""
+        ...
 
     @property
     def max_len(self) -> int:
@@ -77,21 +116,52 @@ class KVManager(Protocol):
         ...
 
     @property
-    def num_free_slots(self) -> int: ...
+    def num_free_slots(self) -> int:
+        """Sequences that could still be taken."""
+        ...
 
-    def take(self, token_ids: Sequence[int]) -> Placement:
+    def take(self, token_ids: Sequence[int], *, salt: str = "", max_tokens: int | None = None) -> Placement:
         """Give a slot to a new sequence that will begin with `token_ids`.
 
+        With a prefix cache, the slot holds the keys and values of the longest prefix of `token_ids` that the cache
+        knows under the same `salt`, at most all but the last token. The tokens are known as being computed here
+        from now on (`awaits`), and as cached as far as `computed` says.
+
+        Args:
+            salt: separates prefix caches: a tenant sees only what was computed under the same salt.
+            max_tokens: the most the sequence will grow to, where a manager reserves memory up front.
+
         Raises:
-            OutOfMemoryError: no slot is free.
+            OutOfMemoryError: no slot is free, or no memory for the copies that sharing needs.
+        """
+        ...
+
+    def awaits(self, token_ids: Sequence[int], *, salt: str = "") -> bool:
+        """Whether a running sequence is just computing more of `token_ids` than the cache can give now.
+
+        Whoever waits for it to say so through `computed` computes the common prefix once. False without a cache.
+        """
+        ...
+
+    def computed(self, slot: int, num_tokens: int) -> None:
+        """The first `num_tokens` of the tokens the slot was taken for are in it now: others may share them."""
+        ...
+
+    def fork(self, slot: int, num_tokens: int) -> int:
+        """Give another slot that begins with the first `num_tokens` tokens of `slot`'s, sharing their memory.
+
+        Works with and without a prefix cache. Neither slot's later writes reach what both hold.
+
+        Raises:
+            OutOfMemoryError: no slot is free, or no memory for what cannot be shared; nothing has changed.
         """
         ...
 
     def ensure(self, slot: int, start: int, end: int) -> None:
         """Provide memory for a forward that writes tokens [start, end) and reads all those before.
 
-        Layers with a sliding window give back what lies behind token start's window. Warm memory is taken back
-        where that is needed to stay under the limit.
+        Layers with a sliding window may lose what lies behind token start's window. Warm memory is taken back where
+        that is needed to stay under the limit.
 
         Raises:
             OutOfMemoryError: not enough memory, warm slots included; the slot is as it was.
@@ -103,15 +173,28 @@ class KVManager(Protocol):
         ...
 
     def trim(self, slot: int, num_tokens: int) -> None:
-        """Forget all but the first tokens, and give back the pages that held only forgotten ones."""
+        """Forget all but the first tokens, and give back the memory that held only forgotten ones."""
         ...
 
-    def release(self, slot: int) -> None:
-        """End a sequence. Its pages may stay mapped, as warm ones, until somebody needs the memory."""
+    def release(self, slot: int, token_ids: Sequence[int] | None = None) -> None:
+        """End a sequence. Its memory may stay, as warm, until somebody needs it.
+
+        Args:
+            token_ids: all tokens whose keys and values the slot holds, which a prefix cache keeps for those to
+                come; None where only what `computed` said is sure.
+        """
+        ...
+
+    def runs(self, slot: int, num_tokens: int) -> list[torch.Tensor]:
+        """The memory that holds the slot's first `num_tokens` tokens, or those of them that the next token still
+        reads, as uint8 tensors to copy out of, or into after `ensure(slot, num_tokens, num_tokens)` on a new slot.
+
+        How many there are and their sizes depend on nothing but `num_tokens`.
+        """
         ...
 
     def drop_warm(self) -> None:
-        """Give all warm memory back to the system now."""
+        """Give all warm memory back to the system now, and forget cached prefixes."""
         ...
 
     def set_limit(self, nbytes: int) -> None:
@@ -135,7 +218,9 @@ class KVManager(Protocol):
         """Memory of running sequences above a limit that has fallen; 0 while they fit."""
         ...
 
-    def layer(self, index: int) -> LayerView: ...
+    def layer(self, index: int) -> CacheView:
+        """Keys and values of a layer. All layers of one manager have the same kind of view."""
+        ...
 
     def accounts(self) -> Accounts: ...
 

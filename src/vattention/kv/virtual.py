@@ -82,7 +82,7 @@ class VirtualManager:
     def layer(self, index: int) -> LayerView:
         return self._views[index]
 
-    def take(self, token_ids: Sequence[int]) -> Placement:
+    def take(self, token_ids: Sequence[int], *, salt: str = "", max_tokens: int | None = None) -> Placement:
         with self._lock:
             slot = self._table.take(len(token_ids))
             if slot is None:
@@ -91,6 +91,15 @@ class VirtualManager:
                 self._table.release(slot)
                 raise DriverError("unmap", 0, f"slot {slot.index} still has pages that could not be unmapped")
             return Placement(slot.index, 0)
+
+    def awaits(self, token_ids: Sequence[int], *, salt: str = "") -> bool:
+        return False
+
+    def computed(self, slot: int, num_tokens: int) -> None:
+        pass
+
+    def fork(self, slot: int, num_tokens: int) -> int:
+        raise OutOfMemoryError(1, 0, "this manager shares no memory yet")
 
     def ensure(self, slot: int, start: int, end: int) -> None:
         with self._lock:
@@ -118,7 +127,10 @@ class VirtualManager:
                 extent.last = kept
             record.num_tokens = min(record.num_tokens, num_tokens)
 
-    def release(self, slot: int) -> None:
+    def runs(self, slot: int, num_tokens: int) -> list[torch.Tensor]:
+        raise NotImplementedError
+
+    def release(self, slot: int, token_ids: Sequence[int] | None = None) -> None:
         with self._lock:
             record = self._live(slot)
             self._drop_unusable(record)

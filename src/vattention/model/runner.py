@@ -44,6 +44,7 @@ class ModelRunner:
         self._layers: dict[torch.nn.Module, tuple[int, AttentionSpec, LayerView, bool, AttentionKernel]] = {}
         for index, layer in enumerate(attention.layers):
             view = kv.layer(layer.cache_layer)
+            assert isinstance(view, LayerView)
             chosen = choose(kernel, layer.spec, view.keys.dtype, self._device)
             self._layers[model.get_submodule(layer.name)] = index, layer.spec, view, layer.writes, chosen
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
