@@ -38,7 +38,7 @@ class Accounts:
         live_nbytes: of that, what running sequences cannot do without; a page behind several counts once.
         token_nbytes: bytes of tokens that running sequences' later forwards read, counted once per sequence: with
             sharing it may exceed `live_nbytes`.
-        warm_nbytes: the rest of the mapped memory: cached prefixes and released slots, kept until somebody needs it.
+        warm_nbytes: the rest of the mapped memory: cached prefixes and released slots, kept until it is needed.
         shared_nbytes: memory saved: what running sequences would need besides `live_nbytes` if nothing were shared.
     """
 
