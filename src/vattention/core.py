@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text, in a mapping as vLLM takes it."""
+    """A prompt as text, in a mapping as vLLM takes it.
+
+    `cache_salt` keeps its keys and values from requests that do not bring the same.
+    """
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
     """A prompt as token ids, which no tokenizer touches."""
 
     prompt_token_ids: Sequence[int]
+    cache_salt: NotRequired[str]
 
 
 Prompt = str | TextPrompt | TokensPrompt

@@ -12,7 +12,7 @@ from vattention.core import AttentionSpec, Chunk
 from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.kv.layout import plan
-from vattention.kv.manager import KVManager
+from vattention.kv.manager import CacheView, KVManager, PagedLayerView
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
@@ -20,9 +20,10 @@ from vattention.memory.driver import Driver
 VOCAB = 50
 END = 1
 PAGE = 4096
+WINDOW = 8
 SPECS = [
     AttentionSpec(1, 1, 256, 256, 1.0),  # 1 KiB per token and plane: 4 tokens a page
-    AttentionSpec(1, 1, 256, 256, 1.0, window=8),
+    AttentionSpec(1, 1, 256, 256, 1.0, window=WINDOW),
 ]
 
 
@@ -39,31 +40,44 @@ def completion(prompt: Sequence[int], count: int) -> list[int]:
 
 
 class FakeRunner:
-    """Keeps what was written to each slot, and computes from nothing else, as a real cache would.
+    """Writes tokens to the cache's memory in the place of keys and values, and computes from what it reads there.
+
+    So a page that is missing, stale or somebody else's gives a wrong token. The second layer has a window, and must
+    hold the same tokens as far as that reaches.
 
     Args:
         fail_at: the number of a forward call that raises.
     """
 
     def __init__(self, fail_at: int | None = None) -> None:
-        self.written: dict[int, list[int]] = {}
+        self.manager: KVManager | None = None
         self.num_forwards = 0
+        self.num_computed = 0
         self.fail_at = fail_at
         self.closed = False
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        assert self.manager is not None
         self.num_forwards += 1
         if self.num_forwards == self.fail_at:
             raise RuntimeError("injected failure in the forward pass")
-        rows = []
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
+        everything, windowed = self.manager.layer(0), self.manager.layer(1)
         for chunk in chunks:
-            held = self.written.setdefault(chunk.slot, [])
-            assert chunk.start <= len(held) or chunk.start == 0
-            held[chunk.start :] = chunk.token_ids
+            self.num_computed += len(chunk.token_ids)
+            positions = torch.arange(chunk.start, chunk.end)
+            slots = torch.full_like(positions, chunk.slot)
+            marks = torch.tensor(chunk.token_ids, dtype=torch.float32).view(-1, 1, 1).expand(-1, 1, 256)
+            everything.append(marks, -marks, slots, positions)
+            windowed.append(marks, -marks, slots, positions)
+        rows = []
+        for chunk in chunks:
+            context = read_tokens(everything, chunk.slot, 0, chunk.end)
+            seen = max(0, chunk.start - WINDOW + 1)
+            assert read_tokens(windowed, chunk.slot, seen, chunk.end) == context[seen:]
             for position in range(chunk.end - chunk.num_logits, chunk.end):
                 row = torch.zeros(VOCAB)
-                row[next_token(held[: position + 1])] = 9.0
+                row[next_token(context[: position + 1])] = 9.0
                 rows.append(row)
         return torch.stack(rows) if rows else torch.empty(0, VOCAB)
 
@@ -71,8 +85,21 @@ class FakeRunner:
         self.closed = True
 
 
+def read_tokens(view: CacheView, slot: int, start: int, end: int) -> list[int]:
+    """Tokens [start, end) of a slot, as `FakeRunner` wrote them."""
+    positions = torch.arange(start, end)
+    if isinstance(view, PagedLayerView):
+        blocks = view.tables[slot, positions // view.block_size].long()
+        keys, values = (t[blocks, positions % view.block_size] for t in (view.keys, view.values))
+    else:
+        keys, values = view.keys[slot, start:end], view.values[slot, start:end]
+    assert torch.equal(keys, -values)
+    tokens: list[int] = keys[:, 0, -1].int().tolist()
+    return tokens
+
+
 def fake_manager(num_slots: int, limit_pages: int, driver: Driver | None = None) -> KVManager:
-    driver = driver or open_driver("meta", PAGE)
+    driver = driver or open_driver("cpu", PAGE)
     layout = plan(
         SPECS, item_nbytes=4, num_slots=num_slots, max_len=64, page_nbytes=driver.page_nbytes, sliced=False
     )
@@ -95,10 +122,12 @@ def fake_engine(
         max_queue=max_queue,
         kv_memory=limit_pages * PAGE,
     )
+    runner = runner or FakeRunner()
+    runner.manager = fake_manager(num_slots, limit_pages, driver)
     parts = Parts(
         name="fake",
-        manager=fake_manager(num_slots, limit_pages, driver),
-        runner=runner or FakeRunner(),  # type: ignore[arg-type]  # the two methods an engine calls
+        manager=runner.manager,
+        runner=runner,  # type: ignore[arg-type]  # the two methods an engine calls
         tokenizer=None,
         vocab_size=VOCAB,
         max_model_len=64,

@@ -243,6 +243,8 @@ class FakeEngine:
             listener.on_step(
                 StepStats(
                     num_prompt_tokens=len(stream.prompt) if first else 0,
+                    num_looked_up_tokens=len(stream.prompt) if first else 0,
+                    num_cached_tokens=0,
                     num_generated_tokens=self.tokens_per_step,
                     num_preemptions=0,
                     duration_s=self.step_s,

@@ -53,7 +53,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         ("logit_bias", {"x": 1}, "logit_bias", "invalid_value"),
         ("logit_bias", {"5": "x"}, "logit_bias.5", "invalid_type"),
         ("stream_options", {"include_usage": True}, "stream_options", "invalid_value"),
-        ("cache_salt", "s", "cache_salt", "unsupported_parameter"),
+        ("cache_salt", 3, "cache_salt", "invalid_type"),
         ("response_format", {"type": "json_object"}, "response_format", "unsupported_parameter"),
         ("temperatur", 1, "temperatur", "unknown_parameter"),
     ],

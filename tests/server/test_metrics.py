@@ -78,6 +78,14 @@ def test_a_step_counts_all_its_tokens() -> None:
     assert value(metrics, "vllm:iteration_tokens_total_sum") == 104
 
 
+def test_prefix_cache_is_counted_in_tokens() -> None:
+    metrics = EngineMetrics(FakeEngine(), "a")
+    metrics.on_step(step(num_looked_up_tokens=100, num_cached_tokens=64))
+    metrics.on_step(step(num_looked_up_tokens=10, num_cached_tokens=0))
+    assert value(metrics, "vllm:prefix_cache_queries_total") == 110
+    assert value(metrics, "vllm:prefix_cache_hits_total") == 64
+
+
 def test_phases_of_a_request() -> None:
     metrics = EngineMetrics(FakeEngine(), "a")
     metrics.on_finished(finished(RequestMetrics(10.0, 11.0, 13.0, 18.0), num_generated_tokens=12, n=2))
@@ -110,6 +118,8 @@ def test_buckets_of_counts() -> None:
 def step(**changes: Any) -> StepStats:
     values: dict[str, Any] = {
         "num_prompt_tokens": 0,
+        "num_looked_up_tokens": 0,
+        "num_cached_tokens": 0,
         "num_generated_tokens": 0,
         "num_preemptions": 0,
         "duration_s": 0.1,

@@ -98,10 +98,10 @@ class LLMEngine:
         return self._intake.request(request_id, prompt, params, priority)
 
     def start(self, request: Request) -> None:
-        """Queue a prepared request."""
+        """Queue a prepared request: its first sample, from which the others fork once the prompt is computed."""
         self._requests[request.id] = request
-        for sequence in request.sequences:
-            self._scheduler.add(sequence)
+        first, *request.unforked = request.sequences
+        self._scheduler.add(first)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
         """Check, tokenize and queue a request."""
@@ -170,26 +170,31 @@ class LLMEngine:
                 if sequence.index == 0 and sequence.request.params.prompt_logprobs is not None:
                     self._report_prompt(sequence, chunk.end - chunk.num_logits, logits[begin:end])
                 if chunk.end == sequence.num_tokens:
-                    sampling.append(sequence)
-                    rows.append(end - 1)
+                    samples = [sequence, *sequence.request.unforked]
+                    sampling += samples
+                    rows += [end - 1] * len(samples)
             chosen = sample(
-                logits if len(rows) == len(logits) else logits[rows], [s.sample_row() for s in sampling]
+                logits if rows == list(range(len(logits))) else logits[rows], [s.sample_row() for s in sampling]
             )
         except Exception as error:
             logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
             return self._end(plan.sequences, "error", error)
         now = time.monotonic()
-        for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
-            sequence.num_computed = chunk.end
+        self._scheduler.advance(plan)
+        for parent in plan.sequences:
+            if parent.num_computed == parent.num_tokens:
+                for child in parent.request.take_unforked():
+                    self._scheduler.fork(parent, child)
         for sequence, token in zip(sampling, chosen, strict=True):
             if token.error is not None:
-                self._end([sequence], "error", token.error)
+                sequence.finish("error")
+                sequence.request.error = token.error
                 continue
             metrics = sequence.request.metrics
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
             sequence.append(token)
-        self._retire([s for s in sampling if s.finish_reason is not None and s.slot is not None])
+        self._retire([s for s in sampling if s.finish_reason is not None])
         return sampling
 
     def _report_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
@@ -214,7 +219,9 @@ class LLMEngine:
         return [sequence for sequence, _ in plan.failed]
 
     def _end(self, sequences: list[Sequence], reason: str, error: Exception | None = None) -> list[Sequence]:
-        """Finish sequences before their time."""
+        """Finish sequences before their time, and with them samples that were to fork from them."""
+        orphans = (child for sequence in sequences for child in sequence.request.take_unforked())
+        sequences = list(dict.fromkeys([*sequences, *orphans]))
         for sequence in sequences:
             sequence.finish(reason)
             if error is not None:

@@ -55,6 +55,7 @@ class Intake:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=self._parts.end_token_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
+            cache_salt=_cache_salt(prompt, params, request_id),
         )
         seed = _seed(self._seed, arrival) if params.seed is None else params.seed
         request.sequences = [
@@ -92,6 +93,17 @@ class Intake:
                 param="prompt",
             )
         return text, token_ids
+
+
+def _cache_salt(prompt: Prompt, params: SamplingParams, request_id: str) -> str:
+    """What separates the request's prefixes from others'.
+
+    One that wants its prompt's log probabilities shares with nobody: they come with computing the prompt.
+    """
+    salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
+    if not isinstance(salt, str):
+        raise RequestError(f"cache_salt must be a string, not {salt!r}", param="cache_salt")
+    return f"salt:{salt}" if params.prompt_logprobs is None else f"request:{request_id}"
 
 
 def _seed(engine_seed: int, arrival: int) -> int:

@@ -19,6 +19,9 @@ class Request:
         arrival: counts requests; within a priority the earlier goes first.
         max_tokens: of each sequence, already cut to the context's end.
         end_token_ids: the model's end tokens.
+        cache_salt: requests share prefixes only with those of the same salt.
+        unforked: samples that begin when the first one has computed the prompt for all.
+        num_cached_tokens: prompt tokens found in the prefix cache; None before it first ran.
     """
 
     id: str
@@ -30,9 +33,11 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     metrics: RequestMetrics
+    cache_salt: str = ""
     sequences: list[Sequence] = field(default_factory=list)
+    unforked: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None
     error: Exception | None = None
 
     @property
@@ -43,6 +48,11 @@ class Request:
     def num_generated_tokens(self) -> int:
         return sum(len(sequence.output_token_ids) for sequence in self.sequences)
 
+    def take_unforked(self) -> list[Sequence]:
+        """Those samples, which are nobody's afterwards."""
+        samples, self.unforked = self.unforked, []
+        return samples
+
     def output(self) -> RequestOutput:
         return RequestOutput(
             request_id=self.id,
@@ -51,7 +61,7 @@ class Request:
             outputs=[sequence.output() for sequence in self.sequences],
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens or 0,
             metrics=self.metrics,
             error=self.error,
         )

@@ -1,8 +1,9 @@
 """Which sequences compute which tokens in the next forward pass.
 
 Continuous batching with chunked prefill: every step gives each running sequence its next token and spends what is
-left of the token budget on prompts, first come first served within a priority. Where memory runs short the last
-in that order is preempted: its slot is released and it computes its tokens again later.
+left of the token budget on prompts, first come first served within a priority. A prompt whose beginning a running
+sequence is just computing waits until it can have it from the cache, while others go ahead. Where memory runs short
+the last in that order is preempted: its slot is released and it computes its tokens again later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from vattention.engine.sequence import Sequence
 from vattention.errors import DriverError, OutOfMemoryError, VAttentionError
 from vattention.kv.manager import KVManager
 
+_MOST_PASSED_OVER = 32
+"""Waiting sequences that others overtake in one step, at most: each costs a look into the prefix cache."""
+
 
 @dataclass(slots=True)
 class Plan:
@@ -25,6 +29,7 @@ class Plan:
         preempted: sequences that lost their slot to make room.
         failed: sequences that can never fit or that the driver fails, with the reason.
         num_tokens: of all chunks.
+        num_looked_up_tokens: of sequences that got a slot; of these the prefix cache had `num_cached_tokens`.
     """
 
     chunks: list[Chunk] = field(default_factory=list)
@@ -32,6 +37,8 @@ class Plan:
     preempted: list[Sequence] = field(default_factory=list)
     failed: list[tuple[Sequence, VAttentionError]] = field(default_factory=list)
     num_tokens: int = 0
+    num_looked_up_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 class Scheduler:
@@ -55,10 +62,24 @@ class Scheduler:
         return len(self._waiting)
 
     def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for a slot."""
         heapq.heappush(self._waiting, (sequence.priority, sequence))
 
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Let `child` run on from what `parent` has computed, sharing its memory; where there is no slot or memory
+        for that, it waits and computes its tokens itself.
+        """
+        assert parent.slot is not None
+        try:
+            child.slot = self._manager.fork(parent.slot, parent.num_computed)
+        except (OutOfMemoryError, DriverError):
+            self.add(child)
+        else:
+            child.num_computed = parent.num_computed
+            self.running.append(child)
+
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, running or waiting; its memory is free on return."""
+        """Forget a sequence, running, waiting or neither; its memory is free on return."""
         if sequence.slot is not None:
             self.running.remove(sequence)
             self._release(sequence)
@@ -75,6 +96,13 @@ class Scheduler:
         if not plan.preempted:
             self._admit_waiting(plan)
         return plan
+
+    def advance(self, plan: Plan) -> None:
+        """The plan's forward is done: its tokens are in their slots, where others may share them."""
+        for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
+            sequence.num_computed = chunk.end
+            if chunk.start < sequence.num_promised:
+                self._manager.computed(chunk.slot, chunk.end)
 
     def _continue_running(self, plan: Plan) -> None:
         queue = sorted(self.running, key=_priority)
@@ -99,14 +127,21 @@ class Scheduler:
                 plan.failed.append((sequence, error))
 
     def _admit_waiting(self, plan: Plan) -> None:
+        passed_over: list[Sequence] = []
         while self._waiting and (budget := self._max_num_batched_tokens - plan.num_tokens) > 0:
             sequence = self._waiting[0][1]
             if not self._manager.fits(sequence.num_tokens):
                 heapq.heappop(self._waiting)
                 plan.failed.append((sequence, self._too_large(sequence)))
                 continue
+            if self.running and self._awaits(sequence):
+                if len(passed_over) == _MOST_PASSED_OVER:
+                    break
+                heapq.heappop(self._waiting)
+                passed_over.append(sequence)
+                continue
             if self.running and not self._manager.has_room(sequence.num_tokens + 1):
-                return
+                break
             heapq.heappop(self._waiting)
             try:
                 admitted = self._admit(sequence, budget, plan)
@@ -115,18 +150,38 @@ class Scheduler:
                 continue
             if not admitted and self.running:
                 self.add(sequence)
-                return
+                break
             if not admitted:
                 plan.failed.append((sequence, self._too_large(sequence)))
+        for sequence in passed_over:
+            self.add(sequence)
+
+    def _awaits(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is computing what this one could have from the cache soon."""
+        tokens = sequence.token_ids(0, sequence.num_tokens)
+        return self._manager.awaits(tokens, salt=sequence.request.cache_salt)
 
     def _admit(self, sequence: Sequence, budget: int, plan: Plan) -> bool:
         """Give a sequence a slot and its first chunk; False where memory is short."""
-        placement = self._manager.take(sequence.token_ids(0, sequence.num_tokens))
+        request = sequence.request
+        try:
+            placement = self._manager.take(
+                sequence.token_ids(0, sequence.num_tokens),
+                salt=request.cache_salt,
+                max_tokens=len(request.prompt_token_ids) + request.max_tokens,
+            )
+        except OutOfMemoryError:
+            return False
         sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
+        sequence.num_promised = sequence.num_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = placement.num_cached_tokens
         self.running.append(sequence)
         count = self._chunk_length(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
         if self._provide(sequence, count):
             self._put(sequence, count, plan)
+            plan.num_looked_up_tokens += sequence.num_tokens
+            plan.num_cached_tokens += placement.num_cached_tokens
             return True
         self.running.remove(sequence)
         self._release(sequence)
@@ -166,8 +221,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.slot is not None
-        self._manager.release(sequence.slot)
-        sequence.slot, sequence.num_computed = None, 0
+        self._manager.release(sequence.slot, sequence.token_ids(0, sequence.num_computed))
+        sequence.slot, sequence.num_computed, sequence.num_promised = None, 0, 0
 
     def _too_large(self, sequence: Sequence) -> OutOfMemoryError:
         accounts = self._manager.accounts()

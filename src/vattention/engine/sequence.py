@@ -25,6 +25,7 @@ class Sequence:
         output_token_ids: generated so far.
         slot: where its keys and values are; None while it waits.
         num_computed: tokens whose keys and values are in the slot.
+        num_promised: tokens that others may wait for to find in the prefix cache, known when it got its slot.
         finish_reason: None while it runs.
     """
 
@@ -35,6 +36,7 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     slot: int | None = None
     num_computed: int = 0
+    num_promised: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)

@@ -46,6 +46,8 @@ class StepStats:
 
     Attributes:
         num_prompt_tokens: prompt tokens computed, those computed again after a preemption included.
+        num_looked_up_tokens: tokens that sequences which got a slot asked the prefix cache for.
+        num_cached_tokens: of those, tokens that it had.
         num_generated_tokens: tokens sampled.
         num_preemptions: sequences that lost their slot.
         duration_s: of the step.
@@ -55,6 +57,8 @@ class StepStats:
     """
 
     num_prompt_tokens: int
+    num_looked_up_tokens: int
+    num_cached_tokens: int
     num_generated_tokens: int
     num_preemptions: int
     duration_s: float
@@ -122,6 +126,8 @@ class Stats:
         self._forget_ended()
         stats = StepStats(
             num_prompt_tokens=_num_prompt_tokens(plan),
+            num_looked_up_tokens=plan.num_looked_up_tokens,
+            num_cached_tokens=plan.num_cached_tokens,
             num_generated_tokens=len(advanced),
             num_preemptions=len(plan.preempted),
             duration_s=now - started,
@@ -144,7 +150,7 @@ class Stats:
             finish_reason=next((reason for reason in _GRAVITY if reason in reasons), "error"),
             num_prompt_tokens=len(request.prompt_token_ids),
             num_generated_tokens=request.num_generated_tokens,
-            num_cached_tokens=request.num_cached_tokens,
+            num_cached_tokens=request.num_cached_tokens or 0,
             metrics=request.metrics,
             n=request.params.n,
             max_tokens=request.params.max_tokens,

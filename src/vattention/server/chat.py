@@ -101,7 +101,7 @@ class _Reply:
         token_ids = await service.render(body)
         params = replace(params, stop=(*params.stop_strings, *service.chat_stop_strings()))
         service.check_context(token_ids, body.token_limit, body.token_limit_param)
-        return outputs_of(service.engine, [token_ids], params, body.priority)
+        return outputs_of(service.engine, [token_ids], params, priority=body.priority, cache_salt=body.cache_salt)
 
     @property
     def _wants_tokens(self) -> bool:

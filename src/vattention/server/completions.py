@@ -105,7 +105,7 @@ class _Completion:
             service.check_context(token_ids, body.max_tokens, "max_tokens")
             prompts.append(token_ids)
             self._texts.append(text)
-        return outputs_of(service.engine, prompts, params, body.priority)
+        return outputs_of(service.engine, prompts, params, priority=body.priority, cache_salt=body.cache_salt)
 
     async def _decode(self, token_ids: list[int]) -> str:
         tokenizer, skip = self._service.tokenizer, self._body.skip_special_tokens

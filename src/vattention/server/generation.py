@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from vattention.core import TokensPrompt
 from vattention.errors import EngineStoppedError
 from vattention.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vattention.sampling_params import SamplingParams
@@ -16,7 +17,12 @@ from vattention.server.protocol import FinishReason, Usage
 
 @asynccontextmanager
 async def outputs_of(
-    engine: ServedEngine, prompts: Iterable[Sequence[int]], params: SamplingParams, priority: int
+    engine: ServedEngine,
+    prompts: Iterable[Sequence[int]],
+    params: SamplingParams,
+    *,
+    priority: int,
+    cache_salt: str,
 ) -> AsyncIterator[AsyncIterator[tuple[int, RequestOutput]]]:
     """Submit prompts and iterate over (prompt's index, newest output); on leaving, what still runs is aborted.
 
@@ -27,7 +33,8 @@ async def outputs_of(
     streams: list[OutputStream] = []
     try:
         for token_ids in prompts:
-            streams.append(engine.submit({"prompt_token_ids": token_ids}, params, priority=priority))
+            prompt: TokensPrompt = {"prompt_token_ids": token_ids, "cache_salt": cache_salt}
+            streams.append(engine.submit(prompt, params, priority=priority))
         yield _checked(streams)
     finally:
         for stream in streams:

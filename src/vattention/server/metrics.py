@@ -38,10 +38,10 @@ _ACCOUNTS = {
     "reserved_nbytes": "Virtual addresses reserved for the KV cache, with or without memory behind them.",
     "limit_nbytes": "The most physical memory that the KV cache may use.",
     "mapped_nbytes": "Physical memory in use by the KV cache, each page counted once.",
-    "live_nbytes": "KV cache memory behind running sequences.",
-    "token_nbytes": "Bytes of live memory that hold tokens.",
-    "warm_nbytes": "KV cache memory kept behind released slots until somebody needs it.",
-    "shared_nbytes": "Memory saved by pages that stand behind more than one slot.",
+    "live_nbytes": "KV cache memory that running sequences cannot do without, each page counted once.",
+    "token_nbytes": "Bytes of running sequences' tokens, counted once per sequence.",
+    "warm_nbytes": "KV cache memory of cached prefixes and released slots, kept until somebody needs it.",
+    "shared_nbytes": "Memory that running sequences save by sharing pages.",
 }
 
 
@@ -65,6 +65,10 @@ class EngineMetrics:
 
         self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
+        self._prefix_queries = self._counter(
+            "vllm:prefix_cache_queries", "Tokens that the prefix cache was asked for."
+        )
+        self._prefix_hits = self._counter("vllm:prefix_cache_hits", "Tokens that the prefix cache had.")
         self._preemptions = self._counter(
             "vllm:num_preemptions", "Sequences whose memory was taken, to be computed again."
         )
@@ -125,6 +129,8 @@ class EngineMetrics:
     def on_step(self, stats: StepStats) -> None:
         self._prompt_tokens.inc(stats.num_prompt_tokens)
         self._generation_tokens.inc(stats.num_generated_tokens)
+        self._prefix_queries.inc(stats.num_looked_up_tokens)
+        self._prefix_hits.inc(stats.num_cached_tokens)
         self._preemptions.inc(stats.num_preemptions)
         self._step_tokens.observe(stats.num_prompt_tokens + stats.num_generated_tokens)
         for seconds in stats.times_to_first_token_s:

@@ -97,7 +97,6 @@ class SamplingBody(ModelBody):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
-        "cache_salt": (),
         "guided_choice": (),
         "guided_decoding_backend": (),
         "guided_grammar": (),
@@ -132,6 +131,7 @@ class SamplingBody(ModelBody):
     skip_special_tokens: bool = True
     prompt_logprobs: int | None = None
     priority: Int64 = 0
+    cache_salt: Text = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
     request_id: Annotated[Text, Field(max_length=256)] | None = None
