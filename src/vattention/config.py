@@ -24,6 +24,33 @@ def parse_nbytes(text: str | int) -> int:
     return nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class SwapTarget:
+    """Where preempted sequences are kept: in memory, or in a folder's files.
+
+    Attributes:
+        folder: None for memory.
+        nbytes: the most to keep; None, with a folder, for what its file system has free.
+    """
+
+    folder: str | None
+    nbytes: int | None
+
+
+def parse_swap_space(text: str | int) -> SwapTarget:
+    """What `swap_space` says: "4GiB" of memory, files in "/var/tmp", or at most "/var/tmp:20GiB" of them.
+
+    Raises:
+        ConfigError: it is neither a size nor a path with a slash in it.
+    """
+    folder, colon, size = str(text).rpartition(":")
+    if "/" not in str(text):
+        return SwapTarget(None, parse_nbytes(text))
+    if colon and "/" not in size:
+        return SwapTarget(folder, parse_nbytes(size))
+    return SwapTarget(str(text), None)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Options of the engine.
@@ -42,6 +69,8 @@ class EngineConfig:
             spare, read again every second.
         kv_layout: "per-layer" rows for each layer's K and V, or "sliced" with a token's whole K and V together.
         page_size: bytes of a page; by default the system's smallest.
+        swap_space: keep preempted sequences here where that is quicker than computing them again: a size of memory
+            such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default.
         attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
         seed: seed of requests that bring none.
         trust_remote_code: run Python code that comes with the model.
@@ -60,6 +89,7 @@ class EngineConfig:
     kv_memory: str | int | None = None
     kv_layout: Literal["per-layer", "sliced"] = "per-layer"
     page_size: str | int | None = None
+    swap_space: str | int | None = None
     attention: str = "auto"
     seed: int = 0
     trust_remote_code: bool = False
@@ -78,3 +108,5 @@ class EngineConfig:
         for name in ("kv_memory", "page_size"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name))
+        if self.swap_space is not None:
+            parse_swap_space(self.swap_space)

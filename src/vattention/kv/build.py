@@ -1,4 +1,4 @@
-"""A KV cache from options: the driver, the layout and the manager that fit a model and a device."""
+"""A KV cache from options: the driver, the layout and the manager that fit a model and a device; its swap space."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vattention.config import EngineConfig, parse_nbytes
+from vattention.config import EngineConfig, parse_nbytes, parse_swap_space
 from vattention.core import AttentionSpec
+from vattention.errors import ConfigError
 from vattention.kv.layout import plan
 from vattention.kv.manager import KVManager
+from vattention.kv.swap import SwapSpace, file_space, memory_space
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 
@@ -38,3 +40,24 @@ def create_manager(
     except BaseException:
         driver.close()
         raise
+
+
+def create_swap_space(config: EngineConfig, device: str) -> SwapSpace | None:
+    """Where preempted sequences are kept, as `config` asks; None where it does not.
+
+    Raises:
+        ConfigError: the folder cannot be written, or the memory is the cache's own.
+    """
+    if config.swap_space is None:
+        return None
+    target = parse_swap_space(config.swap_space)
+    if target.folder is not None:
+        return file_space(target.folder, target.nbytes)
+    assert target.nbytes is not None
+    if torch.device(device).type == "cpu" and config.kv_memory is None:
+        # Each image would lower the cache's limit by as much as it freed, and preempt the next sequence.
+        raise ConfigError(
+            f"swap_space={config.swap_space!r} is memory of this machine, which the KV cache uses already where it "
+            "may take all there is to spare; limit it with kv_memory, or give swap_space a folder"
+        )
+    return memory_space(target.nbytes, device)

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from vattention.config import EngineConfig, SwapTarget, parse_swap_space
+from vattention.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("4GiB", SwapTarget(None, 4 << 30)),
+        (4096, SwapTarget(None, 4096)),
+        ("/var/tmp", SwapTarget("/var/tmp", None)),
+        ("/var/tmp:20GiB", SwapTarget("/var/tmp", 20 << 30)),
+        ("./swap:1MB", SwapTarget("./swap", 10**6)),
+        ("/odd:folder/inside", SwapTarget("/odd:folder/inside", None)),
+    ],
+)
+def test_swap_space_is_a_size_a_folder_or_both(text: str | int, target: SwapTarget) -> None:
+    assert parse_swap_space(text) == target
+    assert EngineConfig(model="m", swap_space=text).swap_space == text
+
+
+@pytest.mark.parametrize("text", ["tmp", "0", "-1GiB", "/var/tmp:", "/var/tmp:much", "swap:1GiB"])
+def test_what_swap_space_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a size"):
+        EngineConfig(model="m", swap_space=text)
