@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from vattention.config import EngineConfig, SwapTarget, parse_swap_space
@@ -26,3 +28,21 @@ def test_swap_space_is_a_size_a_folder_or_both(text: str | int, target: SwapTarg
 def test_what_swap_space_cannot_be(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         EngineConfig(model="m", swap_space=text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv": "other"}, "there are 'virtual', 'paged'"),
+        ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
+        ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
+        ({"enable_prefix_caching": True}, "enable_prefix_caching=True .* kv='paged'"),
+    ],
+)
+def test_managers_and_their_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model="m", **options)
+
+
+def test_prefix_caching_with_blocks() -> None:
+    assert EngineConfig(model="m", kv="paged", block_size=32, enable_prefix_caching=True).block_size == 32

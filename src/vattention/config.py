@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from vattention.errors import ConfigError
+
+MAX_BLOCK_SIZE = 256
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -64,11 +66,13 @@ class EngineConfig:
         max_num_batched_tokens: most tokens in one forward pass; longer prompts are computed in chunks.
         max_queue: most requests waiting beside those running; the server answers 429 beyond it.
         enable_prefix_caching: share the pages of common prefixes.
-        kv: the KV cache's memory manager.
+        kv: the KV cache's memory manager: "virtual" maps pages behind contiguous rows as tokens arrive, "paged" is
+            PagedAttention with its blocks and block tables.
         kv_memory: most physical memory for the KV cache, such as "4GiB"; by default what this machine has to
             spare, read again every second.
         kv_layout: "per-layer" rows for each layer's K and V, or "sliced" with a token's whole K and V together.
         page_size: bytes of a page; by default the system's smallest.
+        block_size: tokens of a block, with kv="paged".
         swap_space: keep preempted sequences here where that is quicker than computing them again: a size of memory
             such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default.
         attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
@@ -85,10 +89,11 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_queue: int = 1024
     enable_prefix_caching: bool = False
-    kv: Literal["virtual"] = "virtual"
+    kv: Literal["virtual", "paged"] = "virtual"
     kv_memory: str | int | None = None
     kv_layout: Literal["per-layer", "sliced"] = "per-layer"
     page_size: str | int | None = None
+    block_size: int = 16
     swap_space: str | int | None = None
     attention: str = "auto"
     seed: int = 0
@@ -101,10 +106,13 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ConfigError(f"max_model_len must be at least 1, not {self.max_model_len}")
-        if self.kv != "virtual":
-            raise ConfigError(f"kv={self.kv!r} is not known; this version has kv='virtual'")
-        if self.enable_prefix_caching:
-            raise ConfigError("enable_prefix_caching=True is not there yet; this version computes every prompt")
+        managers = get_args(get_type_hints(EngineConfig)["kv"])
+        if self.kv not in managers:
+            raise ConfigError(f"kv={self.kv!r} is not known; there are {', '.join(map(repr, managers))}")
+        if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
+            raise ConfigError(f"block_size must be 1 to {MAX_BLOCK_SIZE} tokens, not {self.block_size}")
+        if self.enable_prefix_caching and self.kv == "virtual":
+            raise ConfigError("enable_prefix_caching=True is not there yet with kv='virtual'; use kv='paged'")
         for name in ("kv_memory", "page_size"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from vattention.config import EngineConfig, parse_nbytes, parse_swap_space
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
+from vattention.kv.block_memory import plan_blocks
 from vattention.kv.layout import plan
 from vattention.kv.manager import KVManager
+from vattention.kv.paged import PagedManager
 from vattention.kv.swap import SwapSpace, file_space, memory_space
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
+from vattention.memory.driver import Driver
 
 
 def create_manager(
@@ -27,19 +30,56 @@ def create_manager(
     """
     driver = open_driver(device, parse_nbytes(config.page_size) if config.page_size is not None else None)
     try:
-        layout = plan(
-            specs,
-            item_nbytes=dtype.itemsize,
-            num_slots=config.max_num_seqs,
-            max_len=max_len,
-            page_nbytes=driver.page_nbytes,
-            sliced=config.kv_layout == "sliced",
-        )
-        limit = parse_nbytes(config.kv_memory) if config.kv_memory is not None else None
-        return VirtualManager(driver, layout, dtype=dtype, limit_nbytes=limit)
+        return _MANAGERS[config.kv](driver, config, specs, dtype, max_len)
     except BaseException:
         driver.close()
         raise
+
+
+def _virtual(
+    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
+) -> KVManager:
+    layout = plan(
+        specs,
+        item_nbytes=dtype.itemsize,
+        num_slots=config.max_num_seqs,
+        max_len=max_len,
+        page_nbytes=driver.page_nbytes,
+        sliced=config.kv_layout == "sliced",
+    )
+    return VirtualManager(driver, layout, dtype=dtype, limit_nbytes=_limit(config))
+
+
+def _paged(
+    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
+) -> KVManager:
+    layout = plan_blocks(
+        specs,
+        driver,
+        item_nbytes=dtype.itemsize,
+        block_size=config.block_size,
+        sliced=config.kv_layout == "sliced",
+    )
+    return PagedManager(
+        driver,
+        layout,
+        num_slots=config.max_num_seqs,
+        max_len=max_len,
+        block_size=config.block_size,
+        dtype=dtype,
+        limit_nbytes=_limit(config),
+        prefix_caching=config.enable_prefix_caching,
+    )
+
+
+def _limit(config: EngineConfig) -> int | None:
+    return parse_nbytes(config.kv_memory) if config.kv_memory is not None else None
+
+
+_Constructor = Callable[[Driver, EngineConfig, Sequence[AttentionSpec], torch.dtype, int], KVManager]
+
+_MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged}
+"""By `EngineConfig.kv`."""
 
 
 def create_swap_space(config: EngineConfig, device: str) -> SwapSpace | None:
