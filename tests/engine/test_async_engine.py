@@ -163,8 +163,23 @@ async def test_an_idle_engine_uses_no_processor(engine: AsyncEngine) -> None:
 async def test_warm_memory_goes_back_when_nothing_comes(
     engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vattention.engine.async_engine.IDLE_DROP_S", 0.05)
+    monkeypatch.setattr("vattention.engine.async_engine.IDLE_KEEP_S", 0.05)
+    monkeypatch.setattr("vattention.engine.async_engine.IDLE_KEEP_CACHED_S", 0.05)
     await last_tokens(engine, [5], 3)
     await asyncio.sleep(0.3)
     assert engine.statistics().accounts.mapped_nbytes == 0
     assert await last_tokens(engine, [5], 3) == completion([5], 3)
+
+
+async def test_an_idle_engine_keeps_no_memory_that_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vattention.engine.async_engine.IDLE_LOOK_S", 0.05)
+    inner = fake_engine()
+    engine = AsyncEngine(inner)
+    try:
+        await last_tokens(engine, [5], 3)
+        assert engine.statistics().accounts.warm_nbytes > 0
+        monkeypatch.setattr(inner.manager, "refresh_limit", lambda: inner.manager.set_limit(0))
+        await asyncio.sleep(0.3)
+        assert engine.statistics().accounts.mapped_nbytes == 0
+    finally:
+        engine.shutdown()

@@ -7,6 +7,7 @@ sequences are preempted and computed again.
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -26,10 +27,16 @@ MAX_LEN = 128
 NUM_TOKENS = 24
 
 
-def engine_for(model: PreTrainedModel, *, max_num_seqs: int, kv_memory: int | None = None) -> LLMEngine:
+def engine_for(
+    model: PreTrainedModel, *, max_num_seqs: int, kv_memory: int | None = None, **options: Any
+) -> LLMEngine:
     attention = probe(model)
     config = EngineConfig(
-        model="tiny", max_num_seqs=max_num_seqs, max_num_batched_tokens=48, kv_memory=kv_memory or 1 << 30
+        model="tiny",
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=48,
+        kv_memory=kv_memory or 1 << 30,
+        **options,
     )
     manager = create_manager(config, attention.cache_specs, dtype=model.dtype, device="cpu", max_len=MAX_LEN)
     parts = Parts(

@@ -26,8 +26,11 @@ from vattention.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-IDLE_DROP_S = 10.0
-"""Warm memory goes back to the system after so long without a request."""
+IDLE_KEEP_S, IDLE_KEEP_CACHED_S = 10.0, 600.0
+"""Warm memory goes back to the system after so long without a request; the latter where it is a prefix cache."""
+
+IDLE_LOOK_S = 5.0
+"""How often an idle engine that still keeps memory looks whether the machine can spare it."""
 
 
 class RequestStream:
@@ -226,12 +229,21 @@ class AsyncEngine:
                 _on_loop_of(stream, stream._fail, self._failure)
             self._engine.close()
 
+    def _sleep(self) -> None:
+        """Wait for work; meanwhile keep no memory that others need, and in the end none."""
+        manager = self._engine.manager
+        until = time.monotonic() + (IDLE_KEEP_CACHED_S if self.config.enable_prefix_caching else IDLE_KEEP_S)
+        while (left := until - time.monotonic()) > 0:
+            if self._wake.wait_for(self._has_work, timeout=min(left, IDLE_LOOK_S)):
+                return
+            manager.refresh_limit()
+        manager.drop_warm()
+        self._wake.wait_for(self._has_work)
+
     def _take_orders(self) -> bool:
         """Sleep until there is work, then take in what has come. False once the engine is to stop."""
         with self._wake:
-            if not self._wake.wait_for(self._has_work, timeout=IDLE_DROP_S):
-                self._engine.manager.drop_warm()
-                self._wake.wait_for(self._has_work)
+            self._sleep()
             if self._stopping:
                 return False
             arrived, self._inbox = self._inbox, []
