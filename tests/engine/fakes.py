@@ -13,6 +13,7 @@ from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.kv.layout import plan
 from vattention.kv.manager import CacheView, KVManager, PagedLayerView
+from vattention.kv.swap import SwapSpace
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
@@ -114,6 +115,7 @@ def fake_engine(
     max_queue: int = 1000,
     runner: FakeRunner | None = None,
     driver: Driver | None = None,
+    swap_space: SwapSpace | None = None,
 ) -> LLMEngine:
     config = EngineConfig(
         model="fake",
@@ -133,5 +135,6 @@ def fake_engine(
         max_model_len=64,
         end_token_ids=frozenset({END}),
         default_sampling={},
+        swap_space=swap_space,
     )
     return LLMEngine(config, parts)

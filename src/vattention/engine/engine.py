@@ -18,6 +18,7 @@ from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.intake import Intake
 from vattention.engine.parts import Parts
+from vattention.engine.preemption import Swapper
 from vattention.engine.request import Request
 from vattention.engine.scheduler import Plan, Scheduler
 from vattention.engine.sequence import Sequence
@@ -44,8 +45,10 @@ class LLMEngine:
         self.config = config
         self._parts = parts
         self._intake = Intake(config, parts)
+        self._swapper = Swapper(parts.manager, parts.swap_space)
         self._scheduler = Scheduler(
             parts.manager,
+            self._swapper,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_logit_rows=max(1, MAX_LOGITS_NUMBERS // parts.vocab_size),
         )
@@ -137,11 +140,15 @@ class LLMEngine:
             num_waiting=self._scheduler.num_waiting,
             num_slots=self.manager.num_slots,
             accounts=self.manager.accounts(),
+            num_swapped=self._swapper.num_images,
+            swapped_nbytes=self._swapper.used_nbytes,
+            swap_space_nbytes=self._swapper.capacity_nbytes,
         )
 
     def close(self) -> None:
         """Give all memory back; the engine cannot be used any more."""
         self._parts.runner.close()
+        self._swapper.close()
         self.manager.close()
 
     def _map_ahead(self, plan: Plan) -> None:
@@ -164,6 +171,7 @@ class LLMEngine:
                 sequence.request.metrics.first_scheduled_time = begun
         try:
             logits = self._parts.runner.forward(plan.chunks)
+            self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
             end = 0
             for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
                 begin, end = end, end + chunk.num_logits

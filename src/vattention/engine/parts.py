@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vattention.kv.manager import KVManager
 
 if TYPE_CHECKING:
+    from vattention.kv.swap import SwapSpace
     from vattention.model.runner import ModelRunner
     from vattention.model.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ class Parts:
     Attributes:
         end_token_ids: tokens that end a text.
         default_sampling: the model's recommended sampling parameters.
+        swap_space: where preempted sequences are kept; None to compute them again.
     """
 
     name: str
@@ -30,3 +32,4 @@ class Parts:
     max_model_len: int
     end_token_ids: frozenset[int]
     default_sampling: Mapping[str, Any]
+    swap_space: SwapSpace | None = None

@@ -3,7 +3,8 @@
 Continuous batching with chunked prefill: every step gives each running sequence its next token and spends what is
 left of the token budget on prompts, first come first served within a priority. A prompt whose beginning a running
 sequence is just computing waits until it can have it from the cache, while others go ahead. Where memory runs short
-the last in that order is preempted: its slot is released and it computes its tokens again later.
+the last in that order is preempted: its slot is released, and later it gets back what was kept of its keys and
+values, or computes its tokens again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import heapq
 from dataclasses import dataclass, field
 
 from vattention.core import Chunk
+from vattention.engine.preemption import Swapper
 from vattention.engine.sequence import Sequence
 from vattention.errors import DriverError, OutOfMemoryError, VAttentionError
-from vattention.kv.manager import KVManager
+from vattention.kv.manager import KVManager, Placement
 
 _MOST_PASSED_OVER = 32
 """Waiting sequences that others overtake in one step, at most: each costs a look into the prefix cache."""
@@ -46,12 +48,16 @@ class Scheduler:
 
     Args:
         manager: the KV cache whose slots and memory are handed out.
+        swapper: keeps what preempted sequences have computed.
         max_num_batched_tokens: most tokens in one forward.
         max_logit_rows: most tokens of one chunk where each needs its logits, as for prompt logprobs.
     """
 
-    def __init__(self, manager: KVManager, *, max_num_batched_tokens: int, max_logit_rows: int) -> None:
+    def __init__(
+        self, manager: KVManager, swapper: Swapper, *, max_num_batched_tokens: int, max_logit_rows: int
+    ) -> None:
         self._manager = manager
+        self._swapper = swapper
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_logit_rows = max_logit_rows
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
@@ -86,6 +92,7 @@ class Scheduler:
         else:
             self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
             heapq.heapify(self._waiting)
+        _free_image(sequence)
 
     def schedule(self) -> Plan:
         """Plan the next forward and provide its memory. An empty plan means there is nothing to do."""
@@ -134,7 +141,7 @@ class Scheduler:
                 heapq.heappop(self._waiting)
                 plan.failed.append((sequence, self._too_large(sequence)))
                 continue
-            if self.running and self._awaits(sequence):
+            if self.running and sequence.image is None and self._awaits(sequence):
                 if len(passed_over) == _MOST_PASSED_OVER:
                     break
                 heapq.heappop(self._waiting)
@@ -165,27 +172,54 @@ class Scheduler:
         """Give a sequence a slot and its first chunk; False where memory is short."""
         request = sequence.request
         try:
-            placement = self._manager.take(
-                sequence.token_ids(0, sequence.num_tokens),
-                salt=request.cache_salt,
-                max_tokens=len(request.prompt_token_ids) + request.max_tokens,
-            )
+            num_cached = self._place(sequence)
         except OutOfMemoryError:
             return False
-        sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
-        sequence.num_promised = sequence.num_tokens
         if request.num_cached_tokens is None:
-            request.num_cached_tokens = placement.num_cached_tokens
+            request.num_cached_tokens = num_cached
         self.running.append(sequence)
         count = self._chunk_length(sequence, min(sequence.num_tokens - sequence.num_computed, budget))
         if self._provide(sequence, count):
             self._put(sequence, count, plan)
             plan.num_looked_up_tokens += sequence.num_tokens
-            plan.num_cached_tokens += placement.num_cached_tokens
+            plan.num_cached_tokens += num_cached
+            _free_image(sequence)
             return True
         self.running.remove(sequence)
         self._release(sequence)
         return False
+
+    def _place(self, sequence: Sequence) -> int:
+        """Give a sequence a slot that holds what its image or the prefix cache has of its tokens; returns how many
+        the cache gave.
+        """
+        token_ids = sequence.token_ids(0, sequence.num_tokens)
+        placement, image = self._take(sequence, token_ids), sequence.image
+        if image is not None and self._swapper.pays(image, placement.num_cached_tokens):
+            # What the cache gave may be others' too: an image needs a slot of its own.
+            self._manager.release(placement.slot)
+            slot = self._take(sequence, []).slot
+            try:
+                self._manager.ensure(slot, image.num_tokens, image.num_tokens)
+                loaded = self._swapper.load(image, slot)
+            except BaseException:
+                self._manager.release(slot, ())
+                raise
+            if loaded:
+                sequence.slot, sequence.num_computed = slot, image.num_tokens
+                return 0
+            self._manager.release(slot, ())
+            _free_image(sequence)
+            placement = self._take(sequence, token_ids)
+        sequence.slot, sequence.num_computed = placement.slot, placement.num_cached_tokens
+        sequence.num_promised = sequence.num_tokens
+        return placement.num_cached_tokens
+
+    def _take(self, sequence: Sequence, token_ids: list[int]) -> Placement:
+        request = sequence.request
+        return self._manager.take(
+            token_ids, salt=request.cache_salt, max_tokens=len(request.prompt_token_ids) + request.max_tokens
+        )
 
     def _chunk_length(self, sequence: Sequence, wanted: int) -> int:
         return min(wanted, self._max_logit_rows) if _reports_prompt(sequence) else wanted
@@ -210,9 +244,12 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, plan: Plan) -> None:
         """Take a sequence's memory and let it wait. Alone it fails: it would only come back to the same end."""
+        assert sequence.slot is not None
         alone = len(self.running) == 1
+        image = None if alone else self._swapper.save(sequence.slot, sequence.num_computed)
         self.running.remove(sequence)
         self._release(sequence)
+        sequence.image = image
         if alone:
             plan.failed.append((sequence, self._too_large(sequence)))
         else:
@@ -237,6 +274,12 @@ class Scheduler:
 
 def _priority(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.priority
+
+
+def _free_image(sequence: Sequence) -> None:
+    image, sequence.image = sequence.image, None
+    if image is not None:
+        image.free()
 
 
 def _reports_prompt(sequence: Sequence) -> bool:

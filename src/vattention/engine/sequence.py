@@ -11,6 +11,7 @@ from vattention.outputs import CompletionOutput, TokenLogprobs
 
 if TYPE_CHECKING:
     from vattention.engine.request import Request
+    from vattention.kv.swap import Image
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +27,7 @@ class Sequence:
         slot: where its keys and values are; None while it waits.
         num_computed: tokens whose keys and values are in the slot.
         num_promised: tokens that others may wait for to find in the prefix cache, known when it got its slot.
+        image: its first tokens' keys and values outside the cache, while it waits for a slot to put them in.
         finish_reason: None while it runs.
     """
 
@@ -37,6 +39,7 @@ class Sequence:
     slot: int | None = None
     num_computed: int = 0
     num_promised: int = 0
+    image: Image | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)

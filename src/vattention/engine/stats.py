@@ -32,12 +32,18 @@ class EngineStatistics:
         num_waiting: sequences that wait for one.
         num_slots: most that can run.
         accounts: the KV cache's memory.
+        num_swapped: of those waiting, how many have keys and values in the swap space.
+        swapped_nbytes: what they have there.
+        swap_space_nbytes: most that may be there.
     """
 
     num_running: int
     num_waiting: int
     num_slots: int
     accounts: Accounts
+    num_swapped: int = 0
+    swapped_nbytes: int = 0
+    swap_space_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,12 +56,12 @@ class VirtualManager:
         self._table = SlotTable.of(layout.num_slots, len(layout.groups))
         self._lock = threading.Lock()
         self._mapper = Mapper(self._map_ahead) if background else None
-        memory = as_tensor(
+        self._memory = as_tensor(
             self._region.address, layout.nbytes, device=driver.capabilities.device, owner=self._region
         )
 
         def tensor(place: TensorPlace) -> torch.Tensor:
-            return strided(memory, dtype, place.offset_nbytes, place.shape, place.strides_nbytes)
+            return strided(self._memory, dtype, place.offset_nbytes, place.shape, place.strides_nbytes)
 
         self._views = tuple(
             LayerView(tensor(key), tensor(value)) for key, value in zip(layout.keys, layout.values, strict=True)
@@ -128,7 +128,15 @@ class VirtualManager:
             record.num_tokens = min(record.num_tokens, num_tokens)
 
     def runs(self, slot: int, num_tokens: int) -> list[torch.Tensor]:
-        raise NotImplementedError
+        with self._lock:
+            self._live(slot)
+        found = []
+        for group in self._layout.groups:
+            first = group.first_needed(num_tokens)
+            for plane in group.planes:
+                row = plane.offset_nbytes + slot * plane.row_nbytes
+                found.append(self._memory[row + first * plane.token_nbytes : row + num_tokens * plane.token_nbytes])
+        return found
 
     def release(self, slot: int, token_ids: Sequence[int] | None = None) -> None:
         with self._lock:
@@ -194,6 +202,7 @@ class VirtualManager:
             self._mapper.close()
         with self._lock:
             self._views = ()
+            self._memory = torch.empty(0, dtype=torch.uint8)
             self._region.close()
             self._pool.release_idle()
             self._driver.close()

@@ -192,6 +192,11 @@ class _Gauges(Collector):
             "Share of the KV cache's memory limit in use by running sequences, from 0 to 1.",
             usage,
         )
+        yield self._gauge(
+            "vllm:num_requests_swapped", "Of the waiting sequences, those in the swap space.", now.num_swapped
+        )
+        yield self._gauge("vattention:swap_used_bytes", "Swap space in use.", now.swapped_nbytes)
+        yield self._gauge("vattention:swap_limit_bytes", "Swap space there may be.", now.swap_space_nbytes)
         for field in fields(accounts):
             name = field.name.removesuffix("_nbytes")
             yield self._gauge(f"vattention:kv_{name}_bytes", _ACCOUNTS[field.name], getattr(accounts, field.name))
