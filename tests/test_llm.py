@@ -115,3 +115,21 @@ def test_the_last_reference_takes_the_memory_with_it(folder: Path) -> None:
     del llm
     gc.collect()
     assert maps.read_text().count("memfd:vattention") == before - 1
+
+
+def test_a_conversation_on_disk_outlives_its_llm(folder: Path, tmp_path: Path) -> None:
+    with LLM(str(folder), dtype="float32", kv_memory="64MiB") as llm:
+        params = SamplingParams(temperature=1.0, max_tokens=8, stop=["zz"], min_tokens=8)
+        (whole,) = llm.generate("hello there", params, use_tqdm=False)
+        llm.suspend(whole, tmp_path / "finished")
+    with LLM(str(folder), dtype="float32", kv_memory="64MiB") as llm:
+        llm.engine.add_request("mine", "hello there", params)
+        for _ in range(4):
+            llm.engine.step()
+        llm.suspend("mine", tmp_path / "running")
+    with LLM(str(folder), dtype="float32", kv_memory="64MiB", kv_layout="sliced", seed=5) as llm:
+        for name in ("finished", "running"):
+            output = llm.resume(tmp_path / name, use_tqdm=False)
+            assert output.finished
+            assert (output.prompt, output.prompt_token_ids) == (whole.prompt, whole.prompt_token_ids)
+            assert output.outputs == whole.outputs

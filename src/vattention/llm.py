@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -104,18 +105,7 @@ class LLM:
         ]
         for request in requests:
             self.engine.start(request)
-        outputs: dict[str, RequestOutput] = {}
-        try:
-            with tqdm(total=len(requests), desc="Requests", disable=not use_tqdm) as bar:
-                while self.engine.has_unfinished_requests():
-                    for output in self.engine.step():
-                        if output.finished:
-                            outputs[output.request_id] = output
-                            bar.update()
-        finally:
-            for request in requests:
-                self.engine.abort(request.id)
-        return [outputs[request.id] for request in requests]
+        return self._finish([request.id for request in requests], use_tqdm)
 
     def chat(
         self,
@@ -142,6 +132,57 @@ class LLM:
             for conversation in many
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def suspend(self, conversation: RequestOutput | str, path: str | Path, *, cache_salt: str = "") -> None:
+        """Write a conversation to a file, from which this or another process with the same model can `resume` it.
+
+        Args:
+            conversation: what `generate` or `chat` returned; or the id of a request that was added to
+                `self.engine` and is still running, which ends here.
+            path: a file that is there already is replaced once the new one is complete.
+            cache_salt: the one that a finished conversation's prompt came with.
+
+        The keys and values of a finished conversation are saved as far as the prefix cache still has them
+        (enable_prefix_caching), of the rest the tokens only, to be computed with the next prompt.
+
+        Raises:
+            RequestError: no such request runs.
+            OSError, DriverError: the file cannot be written; nothing has changed.
+        """
+        if isinstance(conversation, str):
+            self.engine.suspend(conversation, path)
+        else:
+            self.engine.suspend_finished(conversation, path, cache_salt)
+
+    def resume(self, path: str | Path, *, use_tqdm: bool = True) -> RequestOutput:
+        """Take in a file that `suspend` wrote.
+
+        Returns:
+            A finished conversation as it was: the next prompt that goes on from it computes only what is new, with
+            enable_prefix_caching. One that was still running goes on to its end first, with the tokens it would
+            have had without a break.
+
+        Raises:
+            RequestError: the file is damaged, of another model, or too long for this one's context.
+            OSError: it cannot be read.
+        """
+        output = self.engine.resume(path, str(next(self._ids)))
+        return output if output.finished else self._finish([output.request_id], use_tqdm)[0]
+
+    def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+        """Run started requests to their ends."""
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            with tqdm(total=len(request_ids), desc="Requests", disable=not use_tqdm) as bar:
+                while self.engine.has_unfinished_requests():
+                    for output in self.engine.step():
+                        if output.finished:
+                            outputs[output.request_id] = output
+                            bar.update()
+        finally:
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+        return [outputs[request_id] for request_id in request_ids]
 
     def close(self) -> None:
         """Give all memory back, as happens by itself with the last reference; nothing works afterwards."""

@@ -109,6 +109,7 @@ def fake_manager(num_slots: int, limit_pages: int, driver: Driver | None = None)
 
 def fake_engine(
     *,
+    manager: KVManager | None = None,
     num_slots: int = 4,
     limit_pages: int = 1000,
     max_num_batched_tokens: int = 16,
@@ -125,7 +126,7 @@ def fake_engine(
         kv_memory=limit_pages * PAGE,
     )
     runner = runner or FakeRunner()
-    runner.manager = fake_manager(num_slots, limit_pages, driver)
+    runner.manager = manager or fake_manager(num_slots, limit_pages, driver)
     parts = Parts(
         name="fake",
         manager=runner.manager,
@@ -135,6 +136,8 @@ def fake_engine(
         max_model_len=64,
         end_token_ids=frozenset({END}),
         default_sampling={},
+        cache_specs=SPECS,
+        fingerprint="fake",
         swap_space=swap_space,
     )
     return LLMEngine(config, parts)

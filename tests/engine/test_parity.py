@@ -19,6 +19,7 @@ from vattention.config import EngineConfig
 from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager, create_swap_space
+from vattention.model.fingerprint import fingerprint
 from vattention.model.probe import probe
 from vattention.model.runner import ModelRunner
 from vattention.sampling_params import SamplingParams
@@ -48,6 +49,8 @@ def engine_for(
         max_model_len=MAX_LEN,
         end_token_ids=frozenset(),
         default_sampling={},
+        cache_specs=attention.cache_specs,
+        fingerprint=fingerprint(model),
         swap_space=create_swap_space(config, "cpu"),
     )
     return LLMEngine(config, parts)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager, create_swap_space
+from vattention.model.fingerprint import fingerprint
 from vattention.model.loader import load
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
@@ -23,6 +24,7 @@ def build(config: EngineConfig) -> Parts:
     """
     loaded = load(config)
     swap_space = create_swap_space(config, str(loaded.model.device))
+    identity = fingerprint(loaded.model)
     optimize(loaded.model)
     fix_rope(loaded.model, loaded.max_model_len)
     attention = probe(loaded.model)
@@ -48,5 +50,7 @@ def build(config: EngineConfig) -> Parts:
         max_model_len=loaded.max_model_len,
         end_token_ids=loaded.generation.eos_token_ids,
         default_sampling=loaded.generation.sampling,
+        cache_specs=attention.cache_specs,
+        fingerprint=identity,
         swap_space=swap_space,
     )

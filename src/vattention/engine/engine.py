@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from vattention.engine.request import Request
 from vattention.engine.scheduler import Plan, Scheduler
 from vattention.engine.sequence import Sequence
 from vattention.engine.stats import EngineStatistics, Stats, StatsListener
+from vattention.engine.suspend import Suspender
+from vattention.errors import RequestError
 from vattention.kv.manager import KVManager
 from vattention.model.sampler import prompt_logprobs, sample
 from vattention.model.tokenizer import Tokenizer
@@ -53,6 +56,7 @@ class LLMEngine:
             max_logit_rows=max(1, MAX_LOGITS_NUMBERS // parts.vocab_size),
         )
         self._requests: dict[str, Request] = {}
+        self._suspender = Suspender(parts, self._intake)
         self._stats = Stats()
         self._limit_read_at = time.monotonic()
 
@@ -115,6 +119,55 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is not None:
             self._end([s for s in request.sequences if s.finish_reason is None], "abort")
+
+    def suspend(self, request_id: str, path: str | Path) -> None:
+        """Write a running or waiting request to a file and end it here, without another output; `resume` goes on.
+
+        Raises:
+            RequestError: no such request runs.
+            OSError, DriverError: the file cannot be written; the request runs on.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            raise RequestError(f"no request {request_id!r} is running", param="request_id")
+        self._suspender.write_request(request, path)
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._scheduler.remove(sequence)
+        del self._requests[request_id]
+        self._stats.forget(request)
+
+    def suspend_finished(self, output: RequestOutput, path: str | Path, cache_salt: str = "") -> None:
+        """Write a finished conversation to a file, with what the prefix cache still has of it.
+
+        Raises:
+            OSError, DriverError: the file cannot be written.
+            OutOfMemoryError: no slot is free to look into the cache.
+        """
+        self._suspender.write_output(output, cache_salt, path)
+
+    def resume(self, path: str | Path, request_id: str, priority: int = 0) -> RequestOutput:
+        """Take in a file of `suspend` or `suspend_finished`: a request that was running goes on with the next step.
+
+        Returns:
+            The conversation as it was suspended.
+
+        Raises:
+            OSError: the file cannot be read.
+            RequestError: it is damaged, of another model, or does not fit this engine's context.
+            OutOfMemoryError: no slot or no memory is free for what goes into the prefix cache.
+        """
+        taken = self._suspender.read(path, request_id, priority)
+        if isinstance(taken, RequestOutput):
+            return taken
+        if any(sequence.output_token_ids for sequence in taken.sequences):
+            self._requests[taken.id] = taken
+            for sequence in taken.sequences:
+                if sequence.finish_reason is None:
+                    self._scheduler.add(sequence)
+        else:
+            self.start(taken)
+        return taken.output()
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)

@@ -44,7 +44,7 @@ class Intake:
                 f"the prompt has {len(token_ids):,} tokens, and this model's context of "
                 f"{self._parts.max_model_len:,} tokens must hold it and at least one more"
             )
-        arrival = next(self._arrivals)
+        arrival = self.arrival()
         request = Request(
             id=request_id,
             text=text,
@@ -59,11 +59,16 @@ class Intake:
         )
         seed = _seed(self._seed, arrival) if params.seed is None else params.seed
         request.sequences = [
-            Sequence(request, index, seed + index, self._text(token_ids, params)) for index in range(params.n)
+            Sequence(request, index, seed + index, self.text(token_ids, params)) for index in range(params.n)
         ]
         return request
 
-    def _text(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
+    def arrival(self) -> int:
+        """The number of a request that arrives now."""
+        return next(self._arrivals)
+
+    def text(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
+        """What turns a sequence's tokens into text; None without a tokenizer."""
         if self._parts.tokenizer is None:
             return None
         return TextStream(self._parts.tokenizer, token_ids, params)
@@ -95,6 +100,11 @@ class Intake:
         return text, token_ids
 
 
+def salt_of(cache_salt: str) -> str:
+    """What the KV cache knows a caller's salt as; no request's own is the same."""
+    return f"salt:{cache_salt}"
+
+
 def _cache_salt(prompt: Prompt, params: SamplingParams, request_id: str) -> str:
     """What separates the request's prefixes from others'.
 
@@ -103,7 +113,7 @@ def _cache_salt(prompt: Prompt, params: SamplingParams, request_id: str) -> str:
     salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
     if not isinstance(salt, str):
         raise RequestError(f"cache_salt must be a string, not {salt!r}", param="cache_salt")
-    return f"salt:{salt}" if params.prompt_logprobs is None else f"request:{request_id}"
+    return salt_of(salt) if params.prompt_logprobs is None else f"request:{request_id}"
 
 
 def _seed(engine_seed: int, arrival: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vattention.core import AttentionSpec
 from vattention.kv.manager import KVManager
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ class Parts:
     """A model that is loaded and verified, and the cache under it.
 
     Attributes:
+        cache_specs: per layer that stores keys and values, as `KVManager.layer` counts them.
+        fingerprint: of the model's weights.
         end_token_ids: tokens that end a text.
         default_sampling: the model's recommended sampling parameters.
         swap_space: where preempted sequences are kept; None to compute them again.
@@ -32,4 +35,6 @@ class Parts:
     max_model_len: int
     end_token_ids: frozenset[int]
     default_sampling: Mapping[str, Any]
+    cache_specs: Sequence[AttentionSpec] = ()
+    fingerprint: str = ""
     swap_space: SwapSpace | None = None

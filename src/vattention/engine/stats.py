@@ -145,6 +145,11 @@ class Stats:
         for listener in self.listeners:
             listener.on_step(stats)
 
+    def forget(self, request: Request) -> None:
+        """A request has left without an end."""
+        for sequence in request.sequences:
+            self._last_token_at.pop(sequence, None)
+
     def finished(self, request: Request) -> None:
         """Report a request whose samples have all ended."""
         if not self.listeners:
@@ -166,8 +171,7 @@ class Stats:
 
     def _forget_ended(self) -> None:
         for request in self._ended:
-            for sequence in request.sequences:
-                self._last_token_at.pop(sequence, None)
+            self.forget(request)
         self._ended.clear()
 
 

@@ -70,6 +70,10 @@ class LayerView:
         self.keys[slots, positions] = key
         self.values[slots, positions] = value
 
+    def read(self, slot: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a slot's keys [T, num_kv_heads, key_dim] and values at `positions`."""
+        return self.keys[slot, positions], self.values[slot, positions]
+
 
 @dataclass(frozen=True, slots=True)
 class PagedLayerView:
@@ -97,6 +101,11 @@ class PagedLayerView:
         offsets = positions % self.block_size
         self.keys[blocks, offsets] = key
         self.values[blocks, offsets] = value
+
+    def read(self, slot: int, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of a slot's keys [T, num_kv_heads, key_dim] and values at `positions`."""
+        blocks, offsets = self.tables[slot, positions // self.block_size].long(), positions % self.block_size
+        return self.keys[blocks, offsets], self.values[blocks, offsets]
 
 
 CacheView = LayerView | PagedLayerView
