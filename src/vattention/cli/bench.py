@@ -1,8 +1,10 @@
-"""`vattention bench throughput`."""
+"""`vattention bench throughput` and `vattention bench memory`."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from cyclopts import Parameter
 from vattention.cli.files import open_output, read_lines
 from vattention.cli.options import Options, OptionsOf, takes
 from vattention.config import EngineConfig
+from vattention.errors import ConfigError
 
 
 @takes(engine=OptionsOf(EngineConfig, "Engine", omit=("model",)))
@@ -52,3 +55,43 @@ def throughput(
         if sink is not None:
             json.dump(figures.to_json(), sink, indent=2)
             sink.write("\n")
+
+
+def memory(
+    model: str = "demo",
+    /,
+    *,
+    only: Annotated[Sequence[str], Parameter(negative=())] = (),
+    scale: float = 1.0,
+    seed: int = 0,
+    output: Annotated[Path | None, Parameter(name="--json")] = None,
+    plot: Path | None = None,
+) -> None:
+    """Compare memory managers: what share of the KV cache holds tokens, how many requests run, what sharing saves.
+
+    Tables in Markdown, with the figures of the papers on PagedAttention and vAttention beside ours. Loads on
+    real models' shapes are simulated; the part "live" serves the model.
+
+    Args:
+        model: for the live part: "demo", a Hugging Face id, a local folder, or a GGUF file.
+        only: one part of the benchmark: usage, pages, sharing, prefix or live; give it again for more of them.
+        scale: of the number of requests; 0.1 is a quick look.
+        seed: of lengths and arrivals.
+        output: write the figures to this file too, as JSON.
+        plot: a folder to draw the tables into, as SVG; needs matplotlib.
+    """
+    from vattention.bench.memory import plots, report
+    from vattention.bench.memory.sections import Settings
+
+    if scale <= 0:
+        raise ConfigError(f"--scale must be above 0, not {scale:g}")
+    if plot is not None:
+        plots.load()
+    settings = Settings(model=model, seed=seed, scale=scale)
+    with nullcontext() if output is None else open_output(output) as sink:
+        tables = report.run(settings, only, lambda table: print(table.markdown(), flush=True))
+        if sink is not None:
+            json.dump(report.to_json(settings, tables), sink, indent=2)
+            sink.write("\n")
+    for path in plots.draw(tables, plot) if plot is not None else ():
+        print(f"wrote {path}", file=sys.stderr)

@@ -30,6 +30,7 @@ def create_app() -> App:
         (app, "chat:chat", "Chat with a model in the terminal."),
         (app, "info:info", "Show what this machine can do."),
         (bench, "bench:throughput", "Measure offline throughput: all requests at once."),
+        (bench, "bench:memory", "Compare memory managers: what share of the KV cache holds tokens."),
     ):
         parent.command(f"vattention.cli.{target}", help=text)
     app.command(bench)

@@ -17,7 +17,7 @@ from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 
 _FIRST_ADDRESS = 2**40
 _PAGE_NBYTES = 4096
-_TOTAL_NBYTES = 2**34
+_TOTAL_NBYTES = 2**40
 
 
 class NullDriver:

@@ -22,9 +22,6 @@ from vattention.native import LinearWeight, kernels
 _COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
-_STEP = 32
-"""Steps of the inner dimension in a tile of a weight packed for linear_bf16.c."""
-
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE_PAGE_NBYTES = 2 << 20
 
@@ -186,64 +183,6 @@ class NativeLinear:
         return rows[: self._num_out].contiguous()
 
 
-class Bfloat16Linear:
-    """The kernel of native/linear_bf16.c, for processors with instructions that multiply bfloat16."""
-
-    name: ClassVar[str] = "bfloat16"
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        library = kernels()
-        if library is None or not library.has_bfloat16:
-            raise RuntimeError("no compiled kernels, or no bfloat16 instructions; ask available() first")
-        self._kernels = library
-        self._num_out, self._num_in = weight.shape
-        self._panels = _pack_pairs(weight)
-        self._bias = None if bias is None else F.pad(bias.float(), (0, -self._num_out % _COLUMNS))
-        self._native = LinearWeight.of(self._panels, self._bias, self._num_out, self._num_in)
-        self.nbytes = self._panels.nbytes
-
-    @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        return cls(weight, bias)
-
-    @classmethod
-    def available(cls, dtype: torch.dtype) -> bool:
-        library = kernels()
-        return library is not None and library.has_bfloat16 and dtype == torch.bfloat16
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 or x.shape[1] != self._num_in:
-            raise RuntimeError(
-                f"x is {x.dtype} of {x.shape[1]} columns; the weight is {torch.bfloat16} of {self._num_in}"
-            )
-        y = x.new_empty(x.shape[0], self._num_out)
-        if x.shape[0] > 0:
-            self._kernels.linear_bfloat16(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
-        return y
-
-    def weight(self) -> Tensor:
-        rows = _pairs_view(self._panels).reshape(-1, self._panels.shape[1] * _STEP // 2)
-        return rows.view(torch.bfloat16)[: self._num_out, : self._num_in].contiguous()
-
-
-def _pack_pairs(weight: Tensor) -> Tensor:
-    """Panels for linear_bf16.c, [ceil(out / 32), ceil(in / 32), 2, 16, 32] numbers, padded with zeros."""
-    num_out, num_in = weight.shape
-    num_panels, num_steps = math.ceil(num_out / _COLUMNS), math.ceil(num_in / _STEP)
-    panels = _huge_empty(num_panels * num_steps * _COLUMNS * _STEP, weight.dtype)
-    panels = panels.view(num_panels, num_steps, 2, _STEP // 2, _COLUMNS)
-    if num_out % _COLUMNS or num_in % _STEP:
-        weight = F.pad(weight, (0, -num_in % _STEP, 0, -num_out % _COLUMNS))
-    rows = weight.contiguous().view(torch.int32).view(num_panels, 2, _COLUMNS // 2, num_steps, _STEP // 2)
-    _pairs_view(panels).copy_(rows)
-    return panels
-
-
-def _pairs_view(panels: Tensor) -> Tensor:
-    """Panels seen in the order of the weight's rows, [panels, 2, 16, steps, 16] pairs of numbers."""
-    return panels.view(torch.int32).permute(0, 2, 4, 1, 3)
-
-
 def _pack(weight: Tensor) -> Tensor:
     """Panels for linear.c, [ceil(out / 32), in, 32] numbers, on huge pages where the system gives them."""
     num_out, num_in = weight.shape
@@ -299,13 +238,7 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-METHODS: tuple[type[LinearMethod], ...] = (
-    TorchLinear,
-    WideningLinear,
-    OneDnnLinear,
-    NativeLinear,
-    Bfloat16Linear,
-)
+METHODS: tuple[type[LinearMethod], ...] = (TorchLinear, WideningLinear, OneDnnLinear, NativeLinear)
 """All methods; the first is what `nn.Linear` does."""
 
 

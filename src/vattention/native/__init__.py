@@ -56,13 +56,6 @@ class Kernels:
         self._linear = library.vattention_linear
         self._linear.restype = c_int32
         self._linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p)
-        self._bf16_level: int = library.vattention_bf16_level()
-        self._linear_bf16 = library.vattention_linear_bf16
-        self._linear_bf16.restype = c_int32
-        self._linear_bf16.argtypes = (
-            *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-            *(c_int32, c_int32, c_void_p),
-        )
         self._rms_norm = library.vattention_rms_norm
         self._rms_norm.restype = None
         self._rms_norm.argtypes = (
@@ -89,26 +82,6 @@ class Kernels:
         )
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
-
-    @property
-    def has_bfloat16(self) -> bool:
-        """Whether the processor multiplies bfloat16 numbers itself, so that `linear_bfloat16` runs."""
-        return self._bf16_level > 0
-
-    def linear_bfloat16(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
-        """`linear` for a weight packed as linear_bf16.c describes."""
-        status = self._linear_bf16(
-            ctypes.addressof(weight),
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            y.data_ptr(),
-            self._bf16_level,
-            torch.get_num_threads(),
-            self._parallel,
-        )
-        if status != 0:
-            raise MemoryError(f"no memory to pad the {x.shape[0]} rows of a product")
 
     def rms_norm(self, x: Tensor, scale: Tensor, epsilon: float, y: Tensor) -> None:
         """y = x / sqrt(mean(x^2) + epsilon) * scale over rows of scale's length, dense, in the order of memory.

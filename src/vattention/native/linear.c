@@ -10,12 +10,12 @@
  * R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a tile of y stays in registers
  * over the whole inner dimension, a panel of W in the second-level cache over a block of rows.
  */
-#include "linear.h"
+#include "common.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { HALF = 16 };
+enum { COLUMNS = 32, HALF = 16 };
 /* x is kept widened in blocks of rows, which shall stay in the second-level cache: strips of K_STRIP steps, each
  * [block rows][STRIP_STRIDE]. The padding spreads a tile's rows over the sets of the first-level cache; sums over
  * single strips are added up apart, which keeps rounding errors small. */
@@ -24,6 +24,14 @@ enum { BLOCK_NBYTES = 3 << 18, MIN_BLOCK_ROWS = 24, MAX_BLOCK_ROWS = 96 };
 
 /* Numbers that are written as bits and read as float32. */
 typedef uint32_t word __attribute__((may_alias));
+
+typedef struct {
+    const void *packed;
+    const float *bias; /* or NULL */
+    int64_t num_out;
+    int64_t num_in;
+    int32_t dtype;
+} vattention_weight;
 
 typedef struct {
     const float *x; /* the tile's first row in the first strip */
@@ -40,6 +48,9 @@ typedef struct {
     int64_t columns; /* of the 32 that exist */
     int32_t dtype;
 } tile_args;
+
+/* Multiplications below which waking the other threads takes longer than they save. */
+enum { ALONE = 1 << 16 };
 
 typedef void (*tile_fn)(const tile_args *);
 

@@ -1,0 +1,59 @@
+"""A small load on a real model: the managers at work, not simulated."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from vattention.bench.memory.meter import Meter
+from vattention.bench.memory.prefix import LIVE_VOCAB
+from vattention.bench.memory.trace import Lengths
+from vattention.bench.memory.variants import Variant
+from vattention.config import EngineConfig
+from vattention.engine.engine import LLMEngine
+from vattention.sampling_params import SamplingParams
+
+LIVE_PROMPTS = Lengths(40, 1.0, 255)
+LIVE_OUTPUTS = Lengths(85, 0.9, 255)
+"""A quarter of ShareGPT's, so that a processor serves them in seconds."""
+
+MAX_MODEL_LEN = 512
+LIVE_LIMIT = "64MiB"
+"""For keys and values: too little for all requests at once under managers that reserve."""
+
+
+def live_usage(model: str, variant: Variant, *, count: int, seed: int) -> tuple[Meter, float]:
+    """Serve `count` requests that come all at once; returns the accounts' averages and tokens generated per second.
+
+    Averages are over real time, until the last request is done.
+    """
+    rng = np.random.default_rng([seed, count])
+    prompts, outputs = LIVE_PROMPTS.draw(rng, count), LIVE_OUTPUTS.draw(rng, count)
+    config = EngineConfig(
+        model=model, max_model_len=MAX_MODEL_LEN, max_num_seqs=count, kv_memory=LIVE_LIMIT, **variant.options
+    )
+    engine = LLMEngine.from_config(config)
+    meter = Meter()
+    try:
+        for index, (prompt, output) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True)):
+            params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=output)
+            tokens = rng.integers(0, LIVE_VOCAB, prompt).tolist()
+            engine.add_request(str(index), {"prompt_token_ids": tokens}, params)
+        started = before = time.perf_counter()
+        while engine.has_unfinished_requests():
+            for result in engine.step():
+                if result.error is not None:
+                    raise result.error
+            now, statistics = time.perf_counter(), engine.statistics()
+            meter.add(
+                statistics.accounts,
+                now - before,
+                held_nbytes=statistics.accounts.mapped_nbytes,
+                num_batched=statistics.num_running,
+                num_waiting=statistics.num_waiting,
+            )
+            before = now
+        return meter, int(outputs.sum()) / (time.perf_counter() - started)
+    finally:
+        engine.close()

@@ -1,0 +1,55 @@
+"""The managers that are compared, as data: a new one is a line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A memory manager with its options.
+
+    Attributes:
+        name: in tables.
+        options: of `EngineConfig`.
+        paper: what the PagedAttention paper calls it, to find its figures; None where it has none.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    paper: str | None = None
+
+
+def virtual(page_size: str, kv_layout: str) -> Variant:
+    """This project's manager."""
+    return Variant(
+        f"virtual, {page_size} pages, {kv_layout}",
+        {"kv": "virtual", "page_size": page_size, "kv_layout": kv_layout},
+    )
+
+
+HOST = virtual("4KiB", "per-layer")
+"""A host's smallest pages, and the default layout."""
+
+GPU = virtual("2MiB", "sliced")
+"""A GPU's smallest pages with its stock driver."""
+
+GPU_PER_LAYER = virtual("2MiB", "per-layer")
+"""The same without slicing: a page of each layer's K and V for every sequence."""
+
+PAGED = Variant("paged, blocks of 16", {"kv": "paged", "block_size": 16, "page_size": "2MiB"}, paper="vLLM")
+PAGED_HOST = replace(PAGED, options={**PAGED.options, "page_size": "4KiB"})
+"""PagedAttention with vLLM's block size."""
+
+ON_A_GPU = (GPU, GPU_PER_LAYER, PAGED)
+ON_A_HOST = (HOST, PAGED_HOST)
+"""What a device's pages allow."""
+
+SHARING_ON_A_GPU = (PAGED,)
+SHARING = SHARING_ON_A_GPU
+"""Those that can share memory between sequences."""
+
+LIVE = (HOST, virtual("4KiB", "sliced"), PAGED_HOST)
+"""On the CPU of this machine."""
