@@ -111,8 +111,6 @@ class EngineConfig:
             raise ConfigError(f"kv={self.kv!r} is not known; there are {', '.join(map(repr, managers))}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size must be 1 to {MAX_BLOCK_SIZE} tokens, not {self.block_size}")
-        if self.enable_prefix_caching and self.kv == "virtual":
-            raise ConfigError("enable_prefix_caching=True is not there yet with kv='virtual'; use kv='paged'")
         for name in ("kv_memory", "page_size"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name))
