@@ -66,10 +66,13 @@ def write(
     start: int,
     salt: str = "",
     specs: Sequence[AttentionSpec] = SPECS,
+    only: int | None = None,
 ) -> None:
-    """What a forward over tokens[start:] writes."""
+    """What a forward over tokens[start:] writes, in all layers or one."""
     where = torch.full((len(tokens) - start,), slot), torch.arange(start, len(tokens))
     for layer, spec in enumerate(specs):
+        if only not in (None, layer):
+            continue
         values = stamps(tokens, salt)[start:, None, None] + layer / 8
         cache.layer(layer).append(values.expand(-1, 1, spec.key_dim), -values.expand(-1, 1, spec.value_dim), *where)
 

@@ -12,13 +12,15 @@ from tests.kv.contents import FULL, MAX_LEN, PAGE, SPECS, check, sharing_manager
 from vattention.errors import OutOfMemoryError
 from vattention.kv.prefix_cache import MIN_SHARED_TOKENS
 
-SALTS = st.sampled_from(["", "a"])
+SALTS = st.sampled_from(["", "", "", "a"])
 
 
 class SharingMachine(RuleBasedStateMachine):
     """`texts` are all that was ever asked for or made; requests begin like them."""
 
-    @initialize(sliced=st.booleans(), windows=st.booleans(), prefix_cache=st.sampled_from([True, True, False]))
+    @initialize(
+        sliced=st.booleans(), windows=st.booleans(), prefix_cache=st.sampled_from([True, True, True, False])
+    )
     def reserve(self, sliced: bool, windows: bool, prefix_cache: bool) -> None:
         self.specs = SPECS if windows else FULL
         self.cache = sharing_manager(
@@ -32,22 +34,23 @@ class SharingMachine(RuleBasedStateMachine):
         self.salts: dict[int, str] = {}
 
     def request(self, pick: int, length: int, more: list[int]) -> list[int]:
-        text = [*self.texts[pick % len(self.texts)][:length], *more][: MAX_LEN - 10]
-        self.texts = [*self.texts[-20:], text]
+        text = [*self.texts[-1 - pick % len(self.texts)][:length], *more][: MAX_LEN - 10]
+        self.texts.append(text)
         return text
 
     @rule(
-        pick=st.integers(0, 20),
-        length=st.integers(0, MAX_LEN),
-        more=st.lists(st.integers(0, 2), min_size=1),
+        pick=st.integers(0, 6),
+        length=st.integers(16, MAX_LEN),
+        more=st.lists(st.integers(0, 2), min_size=1, max_size=9),
         salt=SALTS,
+        computed=st.booleans(),
     )
-    def take(self, pick: int, length: int, more: list[int], salt: str) -> None:
+    def take(self, pick: int, length: int, more: list[int], salt: str, computed: bool) -> None:
         tokens = self.request(pick, length, more)
         if self.cache.num_free_slots == 0:
             with pytest.raises(OutOfMemoryError):
                 self.cache.take(tokens, salt=salt)
-            return
+            self.release(pick, tells=True)
         awaits = self.cache.awaits(tokens, salt=salt)
         placement = self.cache.take(tokens, salt=salt)
         slot, cached = placement.slot, placement.num_cached_tokens
@@ -56,6 +59,9 @@ class SharingMachine(RuleBasedStateMachine):
         assert not awaits or self.promised(tokens, salt) >= cached + MIN_SHARED_TOKENS
         self.written[slot], self.asked[slot] = tokens[:cached], tokens
         self.computed[slot], self.salts[slot] = cached, salt
+        check(self.cache, slot, tokens[:cached], salt, self.specs)
+        if computed:
+            self.compute(slot, len(tokens) - cached, 0, tells=True)
 
     def promised(self, tokens: list[int], salt: str) -> int:
         """The longest prefix that a running sequence has not computed yet."""
@@ -71,17 +77,15 @@ class SharingMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.written)
     @rule(pick=st.integers(0, 3), count=st.integers(1, 40), own=st.integers(0, 2), tells=st.booleans())
     def forward(self, pick: int, count: int, own: int, tells: bool) -> None:
-        slot = self.pick(pick)
+        self.compute(self.pick(pick), count, own, tells)
+
+    def compute(self, slot: int, count: int, own: int, tells: bool) -> None:
         start = len(self.written[slot])
         end = min(start + count, MAX_LEN)
         if end == start:
             return
-        tokens = (
-            [*self.asked[slot], *[own] * MAX_LEN]
-            if self.asked[slot][:start] == self.written[slot]
-            else [own] * MAX_LEN
-        )
-        tokens = [*self.written[slot], *tokens[start:end]]
+        asked = self.asked[slot] if self.asked[slot][:start] == self.written[slot] else []
+        tokens = [*self.written[slot], *[*asked, *[own] * MAX_LEN][start:end]]
         try:
             self.cache.ensure(slot, start, end)
         except OutOfMemoryError:
@@ -95,8 +99,24 @@ class SharingMachine(RuleBasedStateMachine):
             self.cache.computed(slot, end)
             self.computed[slot] = end
 
-    @precondition(lambda self: self.written)
-    @rule(pick=st.integers(0, 3), back=st.integers(0, MAX_LEN))
+    @precondition(lambda self: self.cache.num_free_slots)
+    @rule(pick=st.integers(0, 6), length=st.integers(1, MAX_LEN), salt=SALTS)
+    def restore(self, pick: int, length: int, salt: str) -> None:
+        """A sequence that was computed elsewhere is copied in."""
+        tokens = self.request(pick, length, [])
+        slot = self.cache.take((), salt=salt).slot
+        try:
+            self.cache.ensure(slot, len(tokens), len(tokens))
+        except OutOfMemoryError:
+            self.cache.release(slot, ())
+            return
+        for layer, spec in enumerate(self.specs):
+            first = 0 if spec.window is None else max(0, len(tokens) - spec.window + 1)
+            write(self.cache, slot, tokens, first, salt, self.specs, layer)
+        self.written[slot], self.asked[slot], self.computed[slot], self.salts[slot] = tokens, [], 0, salt
+
+    @precondition(lambda self: self.written and self.cache.num_free_slots)
+    @rule(pick=st.integers(0, 3), back=st.integers(0, 30))
     def fork(self, pick: int, back: int) -> None:
         slot = self.pick(pick)
         length = max(len(self.written[slot]) - back, 0)
@@ -144,8 +164,10 @@ class SharingMachine(RuleBasedStateMachine):
     def set_limit(self, pages: int) -> None:
         self.cache.set_limit(pages * PAGE)
 
-    @rule()
-    def drop_warm(self) -> None:
+    @rule(sure=st.integers(0, 3))
+    def drop_warm(self, sure: int) -> None:
+        if sure:
+            return
         self.cache.drop_warm()
         accounts = self.cache.accounts()
         assert accounts.mapped_nbytes == accounts.live_nbytes

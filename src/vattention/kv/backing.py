@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from vattention.errors import OutOfMemoryError
-from vattention.kv.layout import Layout
+from vattention.kv.layout import Group, Layout
 from vattention.kv.slots import Extent, Slot
 from vattention.memory.driver import Driver, IntArray
 from vattention.memory.pool import PagePool
@@ -97,19 +97,20 @@ class Backing:
         """Unmap what holds none of the first `num_tokens` tokens."""
         self._shorten([self._beyond(slot, i, num_tokens) for i in range(len(slot.extents))])
 
-    def clear(self, slot: Slot, *, only_unusable: bool = False) -> None:
-        """Unmap all there is, or what a new sequence, which begins at token 0, could not use."""
-        doomed = []
-        emptied = []
-        for group, extent in zip(self.layout.groups, slot.extents, strict=True):
-            if extent.first > 0 or not only_unusable:
-                doomed.append(group.pages(slot.index, extent.first, extent.last))
-                emptied.append(extent)
-        self._unmap(doomed)
-        for extent in emptied:
-            extent.first = extent.last = 0
-        if not slot.mapped:
-            slot.shared = 0
+    def clear(self, slot: Slot) -> None:
+        """Unmap all there is."""
+        self._clear(slot, list(zip(self.layout.groups, slot.extents, strict=True)))
+        slot.shared = 0
+
+    def clear_windows(self, slot: Slot) -> None:
+        """Unmap what layers with windows have."""
+        pairs = zip(self.layout.groups, slot.extents, strict=True)
+        self._clear(slot, [(group, extent) for group, extent in pairs if group.window is not None])
+
+    def clear_unusable(self, slot: Slot) -> None:
+        """Unmap what a new sequence, which begins at token 0, could not use."""
+        pairs = zip(self.layout.groups, slot.extents, strict=True)
+        self._clear(slot, [(group, extent) for group, extent in pairs if extent.first > 0])
 
     def share(self, source: Slot, target: Slot, num_tokens: int) -> None:
         """Let `target`, which has no memory, hold what the token behind `source`'s first `num_tokens` reads.
@@ -175,6 +176,11 @@ class Backing:
         """Give everything back; tensors of the memory must not be used any more."""
         del self.memory, self._pages
         self.region.close()
+
+    def _clear(self, slot: Slot, pairs: list[tuple[Group, Extent]]) -> None:
+        self._unmap([group.pages(slot.index, extent.first, extent.last) for group, extent in pairs])
+        for _, extent in pairs:
+            extent.first = extent.last = 0
 
     def _beyond(self, slot: Slot, which: int, num_tokens: int) -> _Cut:
         """What of one group's extent holds none of the first tokens."""

@@ -63,10 +63,11 @@ class Slot:
 
     def holds(self, num_tokens: int, groups: tuple[Group, ...]) -> bool:
         """Whether a sequence could go on from the first tokens: what its next token reads is all there."""
-        return all(
-            extent.first <= group.first_needed(num_tokens)
-            for group, extent in zip(groups, self.extents, strict=True)
-        )
+        for group, extent in zip(groups, self.extents, strict=True):
+            first = group.first_needed(num_tokens)
+            if first < num_tokens and not extent.first <= first < num_tokens <= extent.last:
+                return False
+        return True
 
 
 @dataclass(slots=True)

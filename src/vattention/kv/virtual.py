@@ -130,8 +130,11 @@ class VirtualManager:
             if not self._cache.enabled:
                 self._reclaimer.attempt(lambda: self._backing.give_back_behind(record, start))
             record.start = start
-            # Where tokens before `start` are not there yet, they are about to be copied in (`runs`).
-            written = start if start <= record.num_tokens else 0
+            written = start
+            if start > record.num_tokens:
+                # Tokens will be copied in (`runs`): in windows just those that a query at `start` reads.
+                self._backing.clear_windows(record)
+                written = 0
             if written < record.shared:
                 self._reclaimer.provide(lambda: self._backing.own(record, written), (record,))
             self._reclaimer.provide(lambda: self._backing.grow(record, start, end), (record,))
@@ -298,4 +301,4 @@ class VirtualManager:
 
     def _drop_unusable(self, record: Slot) -> None:
         """Unmap what a new sequence, which begins at token 0, could not use."""
-        self._reclaimer.attempt(lambda: self._backing.clear(record, only_unusable=True))
+        self._reclaimer.attempt(lambda: self._backing.clear_unusable(record))
