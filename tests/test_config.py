@@ -34,11 +34,8 @@ def test_what_swap_space_cannot_be(text: str) -> None:
     ("options", "message"),
     [
         ({"kv": "other"}, "there are 'virtual', 'paged'"),
-        ({"reservation": "half"}, "there are 'max', 'pow2', 'oracle'"),
-        ({"kv": "reserved", "enable_prefix_caching": True}, "use kv='paged'"),
         ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
         ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
-        ({"enable_prefix_caching": True}, r"enable_prefix_caching=True .* kv='paged'"),
     ],
 )
 def test_managers_and_their_options_are_checked(options: dict[str, Any], message: str) -> None:

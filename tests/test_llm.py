@@ -93,8 +93,6 @@ def test_chat_puts_the_conversation_through_the_template(llm: LLM) -> None:
 def test_vllms_other_arguments_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match="gpu_memory_utilization"):
         LLM(str(folder), gpu_memory_utilization=0.9)
-    with pytest.raises(ConfigError, match="enable_prefix_caching"):
-        LLM(str(folder), enable_prefix_caching=True)
 
 
 def test_token_ids_only_without_a_tokenizer(folder: Path) -> None:

@@ -183,7 +183,7 @@ def test_windowed_layers_give_back_what_lies_behind(cache: VirtualManager) -> No
     windowed = cache._layout.groups[1]
     assert windowed.window == WINDOW
     mapped = windowed.pages(slot, 0, MAX_LEN)
-    mapped = mapped[cache._region.pages(mapped) != 0]
+    mapped = mapped[cache._backing.region.pages(mapped) != 0]
     assert len(mapped) <= windowed.num_pages(53 - windowed.step, 60) + len(windowed.planes)
 
 

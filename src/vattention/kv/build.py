@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -10,14 +11,18 @@ from vattention.config import EngineConfig, parse_nbytes, parse_swap_space
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
 from vattention.kv.block_memory import plan_blocks
-from vattention.kv.layout import Layout, plan
+from vattention.kv.layout import MAX_TOKENS, Layout, plan
 from vattention.kv.manager import KVManager
 from vattention.kv.paged import PagedManager
-from vattention.kv.reserved import ReservedManager
 from vattention.kv.swap import SwapSpace, file_space, memory_space
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
+
+_ROWS_PER_SEQUENCE = 2
+_MIN_ROWS = 512
+_MAX_RESERVED_NBYTES = 2**44
+"""Of the 2**47 bytes of addresses that a process has on most machines."""
 
 
 def create_manager(
@@ -40,29 +45,33 @@ def create_manager(
 def _virtual(
     driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
 ) -> KVManager:
-    layout = _row_layout(driver, config, specs, dtype, max_len)
-    return VirtualManager(driver, layout, dtype=dtype, limit_nbytes=_limit(config))
-
-
-def _reserved(
-    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
-) -> KVManager:
-    layout = _row_layout(driver, config, specs, dtype, max_len)
-    return ReservedManager(driver, layout, dtype=dtype, limit_nbytes=_limit(config), reservation=config.reservation)
-
-
-def _row_layout(
-    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
-) -> Layout:
-    """One row per slot."""
-    return plan(
+    place = partial(
+        plan,
         specs,
         item_nbytes=dtype.itemsize,
-        num_slots=config.max_num_seqs,
         max_len=max_len,
         page_nbytes=driver.page_nbytes,
         sliced=config.kv_layout == "sliced",
     )
+    layout = place(num_slots=config.max_num_seqs)
+    if config.enable_prefix_caching:
+        layout = place(num_slots=_num_rows(layout))
+    return VirtualManager(
+        driver,
+        layout,
+        dtype=dtype,
+        limit_nbytes=_limit(config),
+        num_slots=config.max_num_seqs,
+        prefix_cache=config.enable_prefix_caching,
+    )
+
+
+def _num_rows(layout: Layout) -> int:
+    """How many rows a cache gets that would do with this layout, were it not for the prefixes that rows hold."""
+    wanted = max(_ROWS_PER_SEQUENCE * layout.num_slots, _MIN_ROWS)
+    by_addresses = _MAX_RESERVED_NBYTES // (layout.nbytes // layout.num_slots)
+    by_tokens = (MAX_TOKENS - 1) // layout.max_len
+    return max(min(wanted, by_addresses, by_tokens), layout.num_slots)
 
 
 def _paged(
@@ -93,7 +102,7 @@ def _limit(config: EngineConfig) -> int | None:
 
 _Constructor = Callable[[Driver, EngineConfig, Sequence[AttentionSpec], torch.dtype, int], KVManager]
 
-_MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged, "reserved": _reserved}
+_MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged}
 """By `EngineConfig.kv`."""
 
 

@@ -78,6 +78,10 @@ class Group:
         """The first token that a query at position `start` reads."""
         return 0 if self.window is None else max(0, start - self.window + 1)
 
+    def first_needed_each(self, starts: IntArray) -> IntArray:
+        """`first_needed` of many positions."""
+        return np.zeros_like(starts) if self.window is None else np.maximum(0, starts - self.window + 1)
+
     def pages(self, slot: int, first: int, last: int) -> IntArray:
         """Indices of all pages that hold any byte of the slot's tokens [first, last), ascending."""
         if last <= first:
@@ -92,19 +96,32 @@ class Group:
         """Indices of the pages that begin after the first `num_tokens` end, up to token `last` - 1's, ascending."""
         return self._expand(slot, self._ceil(num_tokens), self._ceil(last))
 
-    def _floor(self, num_tokens: int) -> IntArray:
+    def pages_astride(self, slot: int, num_tokens: int) -> IntArray:
+        """Indices of the pages that begin before the first `num_tokens` end and end after that, ascending."""
+        return self._expand(slot, self._floor(num_tokens), self._ceil(num_tokens))
+
+    def _floor(self, num_tokens: int | IntArray) -> IntArray:
         """Whole pages in the first tokens of a row, per plane."""
         return num_tokens * self._token_nbytes // self.page_nbytes
 
-    def _ceil(self, num_tokens: int) -> IntArray:
+    def _ceil(self, num_tokens: int | IntArray) -> IntArray:
         """Pages that hold any of the first tokens of a row, per plane."""
         return -(-num_tokens * self._token_nbytes // self.page_nbytes)
 
+    def bounds(self, first: IntArray, last: IntArray) -> tuple[IntArray, IntArray]:
+        """Of tokens [first[i], last[i]) of n rows the first page and the one behind the last, [n, planes] each."""
+        last = np.where(first < last, last, 0)
+        return self._floor(first[:, None]), self._ceil(last[:, None])
+
     def _expand(self, slot: int, first: IntArray, last: IntArray) -> IntArray:
         """Page indices from per-plane bounds inside the slot's row: first to last - 1 of each plane, ascending."""
-        counts = np.maximum(last - first, 0)
+        return self.expand(np.array([slot]), first, last)
+
+    def expand(self, slots: IntArray, first: IntArray, last: IntArray) -> IntArray:
+        """Page indices from `bounds` inside the rows of n slots, slot by slot."""
+        counts = np.maximum(last - first, 0).ravel()
         ends = np.cumsum(counts)
-        starts = self._offset_pages + slot * self._row_pages + first
+        starts = (self._offset_pages + slots[:, None] * self._row_pages + first).ravel()
         return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1], dtype=np.int64)
 
     def num_pages(self, first: int, last: int) -> int:

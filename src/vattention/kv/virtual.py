@@ -1,7 +1,9 @@
 """The manager this project exists for: contiguous slots in virtual memory, pages mapped as tokens arrive.
 
 After vAttention (arXiv 2405.04437): a slot per running sequence, memory mapped ahead of the iteration
-that needs it, while the model computes, released slots kept warm and taken back only under pressure.
+that needs it, while the model computes, released slots kept warm and taken back only under pressure. Released slots
+are also the prefix cache: rows of the virtual range cost nothing, so there are more of them than sequences, and the
+pages of one can stand behind another.
 """
 
 from __future__ import annotations
@@ -9,19 +11,22 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-import numpy as np
 import torch
 
 from vattention.errors import DriverError, OutOfMemoryError
+from vattention.kv.backing import Backing
+from vattention.kv.census import Census
 from vattention.kv.layout import Layout, TensorPlace
 from vattention.kv.manager import Accounts, LayerView, Placement
 from vattention.kv.mapper import Mapper
+from vattention.kv.prefix_cache import Hit, PrefixCache
+from vattention.kv.reclaim import Reclaimer
 from vattention.kv.slots import Slot, SlotTable
-from vattention.memory.driver import Driver, IntArray
+from vattention.memory.driver import Driver
 from vattention.memory.pool import PagePool
-from vattention.memory.region import Region
-from vattention.memory.tensor import as_tensor, strided
+from vattention.memory.tensor import strided
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +36,11 @@ class VirtualManager:
 
     Args:
         driver: owned from now on: `close` closes it.
-        layout: where each token lies; its page size is the driver's.
+        layout: where each token lies; its page size is the driver's. Slots beyond `num_slots` are for prefixes.
         dtype: of keys and values.
         limit_nbytes: most physical memory to use; None to follow what the machine can spare.
+        num_slots: most sequences at a time; by default as many as the layout has.
+        prefix_cache: keep the tokens of released slots for sequences that begin with them.
         background: map ahead on a thread of its own; without it `prefetch` does nothing.
     """
 
@@ -44,6 +51,8 @@ class VirtualManager:
         *,
         dtype: torch.dtype,
         limit_nbytes: int | None,
+        num_slots: int | None = None,
+        prefix_cache: bool = False,
         background: bool = True,
     ) -> None:
         self._driver = driver
@@ -52,16 +61,17 @@ class VirtualManager:
         self._pool = PagePool(
             driver, driver.memory_info().available_nbytes if limit_nbytes is None else limit_nbytes
         )
-        self._region = Region(driver, self._pool, layout.nbytes)
+        self._num_slots = layout.num_slots if num_slots is None else num_slots
         self._table = SlotTable.of(layout.num_slots, len(layout.groups))
+        self._backing = Backing(driver, self._pool, layout)
+        self._cache = PrefixCache(self._table, layout.groups, enabled=prefix_cache)
+        self._reclaimer = Reclaimer(self._table, self._cache, self._backing)
+        self._census = Census(self._backing)
         self._lock = threading.Lock()
         self._mapper = Mapper(self._map_ahead) if background else None
-        self._memory = as_tensor(
-            self._region.address, layout.nbytes, device=driver.capabilities.device, owner=self._region
-        )
 
         def tensor(place: TensorPlace) -> torch.Tensor:
-            return strided(self._memory, dtype, place.offset_nbytes, place.shape, place.strides_nbytes)
+            return strided(self._backing.memory, dtype, place.offset_nbytes, place.shape, place.strides_nbytes)
 
         self._views = tuple(
             LayerView(tensor(key), tensor(value)) for key, value in zip(layout.keys, layout.values, strict=True)
@@ -69,7 +79,7 @@ class VirtualManager:
 
     @property
     def num_slots(self) -> int:
-        return self._layout.num_slots
+        return self._num_slots
 
     @property
     def max_len(self) -> int:
@@ -77,35 +87,58 @@ class VirtualManager:
 
     @property
     def num_free_slots(self) -> int:
-        return self._table.num_free
+        return self._num_slots - self._table.num_live
 
     def layer(self, index: int) -> LayerView:
         return self._views[index]
 
     def take(self, token_ids: Sequence[int], *, salt: str = "", max_tokens: int | None = None) -> Placement:
         with self._lock:
-            slot = self._table.take(len(token_ids))
-            if slot is None:
-                raise OutOfMemoryError(1, 0, f"all {self.num_slots} slots are taken; raise max_num_seqs")
-            if slot.stuck and not self._drop_unusable(slot):
-                self._table.release(slot)
-                raise DriverError("unmap", 0, f"slot {slot.index} still has pages that could not be unmapped")
-            return Placement(slot.index, 0)
+            self._check_room_for_one()
+            slot, num_cached = self._place(self._cache.find(token_ids, salt), len(token_ids))
+            slot.num_tokens = slot.start = num_cached
+            self._cache.know(slot, token_ids, salt, ready=num_cached)
+            return Placement(slot.index, num_cached)
 
     def awaits(self, token_ids: Sequence[int], *, salt: str = "") -> bool:
-        return False
+        with self._lock:
+            return self._cache.awaits(token_ids, salt)
 
     def computed(self, slot: int, num_tokens: int) -> None:
-        pass
+        with self._lock:
+            record = self._live(slot)
+            record.ready = min(num_tokens, len(record.tokens), record.num_tokens)
 
     def fork(self, slot: int, num_tokens: int) -> int:
-        raise OutOfMemoryError(1, 0, "this manager shares no memory yet")
+        with self._lock:
+            record = self._live(slot)
+            if not 0 <= num_tokens <= record.num_tokens:
+                raise ValueError(
+                    f"slot {slot} has {record.num_tokens} tokens, which cannot be forked at {num_tokens}"
+                )
+            self._check_reach(record, num_tokens)
+            self._check_room_for_one()
+            child = self._share(record, num_tokens)
+            child.num_tokens = child.start = num_tokens
+            self._cache.know(child, record.tokens[:num_tokens], record.salt, ready=min(record.ready, num_tokens))
+            return child.index
 
     def ensure(self, slot: int, start: int, end: int) -> None:
         with self._lock:
-            self._give_back_behind(self._live(slot), start)
-            self._grow(self._live(slot), start, end, reclaim=True)
-            self._table.slots[slot].num_tokens = end
+            record = self._live(slot)
+            record.ready = min(record.ready, start)
+            if not self._cache.enabled:
+                self._reclaimer.attempt(lambda: self._backing.give_back_behind(record, start))
+            record.start = start
+            written = start
+            if start > record.num_tokens:
+                # Tokens will be copied in (`runs`): in windows just those that a query at `start` reads.
+                self._backing.clear_windows(record)
+                written = 0
+            if written < record.shared:
+                self._reclaimer.provide(lambda: self._backing.own(record, written), (record,))
+            self._reclaimer.provide(lambda: self._backing.grow(record, start, end), (record,))
+            record.num_tokens = end
 
     def prefetch(self, wants: Sequence[tuple[int, int, int]]) -> None:
         if self._mapper is not None:
@@ -115,39 +148,34 @@ class VirtualManager:
     def trim(self, slot: int, num_tokens: int) -> None:
         with self._lock:
             record = self._live(slot)
-            for group, extent in zip(self._layout.groups, record.extents, strict=True):
-                if group.first_needed(num_tokens) < extent.first:
-                    raise ValueError(
-                        f"slot {slot} cannot go back to {num_tokens} tokens: its window of {group.window} tokens "
-                        f"begins at token {extent.first} by now"
-                    )
-            for group, extent in zip(self._layout.groups, record.extents, strict=True):
-                kept = min(num_tokens, extent.last)
-                self._unmap(group.pages_beyond(slot, kept, extent.last))
-                extent.last = kept
+            self._check_reach(record, num_tokens)
+            self._backing.cut(record, num_tokens)
+            self._cache.shorten(record, num_tokens)
             record.num_tokens = min(record.num_tokens, num_tokens)
+            record.start = min(record.start, num_tokens)
 
     def runs(self, slot: int, num_tokens: int) -> list[torch.Tensor]:
         with self._lock:
             self._live(slot)
-        found = []
-        for group in self._layout.groups:
-            first = group.first_needed(num_tokens)
-            for plane in group.planes:
-                row = plane.offset_nbytes + slot * plane.row_nbytes
-                found.append(self._memory[row + first * plane.token_nbytes : row + num_tokens * plane.token_nbytes])
-        return found
+            return self._backing.runs(slot, num_tokens)
 
     def release(self, slot: int, token_ids: Sequence[int] | None = None) -> None:
         with self._lock:
             record = self._live(slot)
-            self._drop_unusable(record)
+            known = record.tokens[: record.ready] if token_ids is None else token_ids
+            if len(known) > record.num_tokens:
+                raise ValueError(f"slot {slot} holds {record.num_tokens} tokens, not {len(known)}")
+            if not record.holds(len(known), self._layout.groups):
+                known = ()
+            self._cache.know(record, known, record.salt, ready=len(known))
+            if not known:
+                self._drop_unusable(record)
             self._table.release(record)
-            self._reclaim(self.excess_nbytes)
+            self._reclaimer.reclaim(self.excess_nbytes)
 
     def drop_warm(self) -> None:
         with self._lock:
-            self._reclaim(self._layout.nbytes)
+            self._reclaimer.everything()
             try:
                 self._pool.release_idle()
             except DriverError:
@@ -156,7 +184,7 @@ class VirtualManager:
     def set_limit(self, nbytes: int) -> None:
         with self._lock:
             self._pool.limit_nbytes = nbytes
-            self._reclaim(self.excess_nbytes)
+            self._reclaimer.reclaim(self.excess_nbytes)
 
     def refresh_limit(self) -> None:
         if self._follows_machine:
@@ -168,9 +196,9 @@ class VirtualManager:
 
     def has_room(self, num_tokens: int) -> bool:
         with self._lock:
-            if self._table.num_free == 0:
+            if self.num_free_slots == 0:
                 return False
-            live = self._pool.in_use_nbytes - self._warm_nbytes()
+            live = self._census.needs(self._table.live()).num_pages * self._layout.page_nbytes
             return live + self._nbytes(num_tokens) <= self._pool.limit_nbytes
 
     @property
@@ -180,21 +208,16 @@ class VirtualManager:
     def accounts(self) -> Accounts:
         with self._lock:
             size = self._layout.page_nbytes
-            live = tokens = 0
-            for record in self._table.live():
-                for group in self._layout.groups:
-                    first = group.first_needed(max(record.num_tokens - 1, 0))
-                    live += group.num_pages(first, record.num_tokens) * size
-                    tokens += max(record.num_tokens - first, 0) * group.token_nbytes
-            mapped = self._pool.in_use_nbytes
+            needs = self._census.needs(self._table.live())
+            live, mapped = needs.num_pages * size, self._pool.in_use_nbytes
             return Accounts(
                 reserved_nbytes=self._layout.nbytes,
                 limit_nbytes=self._pool.limit_nbytes,
                 mapped_nbytes=mapped,
-                live_nbytes=min(live, mapped),
-                token_nbytes=tokens,
-                warm_nbytes=max(mapped - live, 0) + self._pool.idle_nbytes,
-                shared_nbytes=self._region.mapped_nbytes - mapped,
+                live_nbytes=live,
+                token_nbytes=needs.token_nbytes,
+                warm_nbytes=mapped - live + self._pool.idle_nbytes,
+                shared_nbytes=needs.num_saved * size,
             )
 
     def close(self) -> None:
@@ -202,8 +225,7 @@ class VirtualManager:
             self._mapper.close()
         with self._lock:
             self._views = ()
-            self._memory = torch.empty(0, dtype=torch.uint8)
-            self._region.close()
+            self._backing.close()
             self._pool.release_idle()
             self._driver.close()
 
@@ -211,14 +233,6 @@ class VirtualManager:
         """Memory of one sequence of so many tokens, about to compute its last."""
         return self._layout.page_nbytes * sum(
             group.num_pages(group.first_needed(num_tokens - 1), num_tokens) for group in self._layout.groups
-        )
-
-    def _warm_nbytes(self) -> int:
-        """Memory behind released slots."""
-        return self._layout.page_nbytes * sum(
-            group.num_pages(extent.first, extent.last)
-            for record in self._table.warm()
-            for group, extent in zip(self._layout.groups, record.extents, strict=True)
         )
 
     def _live(self, slot: int) -> Slot:
@@ -232,83 +246,59 @@ class VirtualManager:
         with self._lock:
             record = self._table.slots[slot]
             if record.live and record.tenancy == tenancy:
-                self._grow(record, start, end, reclaim=False)
+                self._backing.grow(record, start, end)
 
-    def _grow(self, record: Slot, start: int, end: int, *, reclaim: bool) -> None:
-        """Map what the slot lacks to hold tokens [start, end) and what they read; all groups or none."""
-        wanted = []
-        grown = []
-        for group, extent in zip(self._layout.groups, record.extents, strict=True):
-            if end <= extent.last:
-                continue
-            last = min(-(-end // group.step) * group.step, self.max_len)
-            if extent.last > extent.first:
-                wanted.append(group.pages(record.index, extent.last, last))
-                grown.append((extent, extent.first, last))
-            else:
-                first = group.first_needed(start)
-                wanted.append(group.pages(record.index, first, last))
-                grown.append((extent, first, last))
-        if not grown:
-            return
-        missing = self._region.missing(np.concatenate(wanted))
-        if len(missing):
-            self._commit(missing, reclaim=reclaim)
-        for extent, first, last in grown:
-            extent.first, extent.last = first, last
+    def _place(self, hit: Hit | None, num_tokens: int) -> tuple[Slot, int]:
+        """A slot for a sequence of so many tokens, and how many it holds already."""
+        if hit is None:
+            return self._fresh(num_tokens), 0
+        if not hit.whole:
+            self._table.touch(hit.source)
+            try:
+                return self._share(hit.source, hit.num_tokens), hit.num_tokens
+            except OutOfMemoryError:
+                if hit.source.live:
+                    return self._fresh(num_tokens), 0
+        # Whoever has no room beside a parked slot takes its place.
+        self._table.take(hit.source)
+        return hit.source, hit.num_tokens
 
-    def _commit(self, indices: IntArray, *, reclaim: bool) -> None:
-        shortage = len(indices) * self._layout.page_nbytes - self._pool.headroom_nbytes
-        if shortage > 0 and reclaim:
-            self._reclaim(shortage)
-        try:
-            self._region.commit(indices)
-        except OutOfMemoryError:
-            # The system had less than the limit promised: give it everything nobody uses, then ask once more.
-            if not (reclaim and self._reclaim(self._layout.nbytes)):
-                raise
-            self._region.commit(indices)
+    def _fresh(self, num_tokens: int) -> Slot:
+        """A slot without known tokens, perhaps with memory."""
+        slot = self._table.for_new(num_tokens)
+        self._cache.shorten(slot, 0)
+        self._table.take(slot)
+        if slot.stuck:
+            self._drop_unusable(slot)
+        if slot.stuck:
+            self._table.release(slot)
+            raise DriverError("unmap", 0, f"slot {slot.index} still has pages that could not be unmapped")
+        return slot
 
-    def _give_back_behind(self, record: Slot, start: int) -> None:
-        """Unmap what lies wholly behind the window of a query at position `start`."""
-        for group, extent in zip(self._layout.groups, record.extents, strict=True):
-            first = group.first_needed(start)
-            first = min(first, extent.last - 1)  # the page that the extent ends in stays known
-            behind = first - extent.first
-            if behind >= group.step and self._try_unmap(group.pages_behind(record.index, extent.first, first)):
-                extent.first = first
+    def _share(self, source: Slot, num_tokens: int) -> Slot:
+        """Another slot that holds the first tokens of `source` too."""
+        target = self._table.for_shared(source)
+        if target is None:
+            raise OutOfMemoryError(1, 0, f"all {self._layout.num_slots} slots are in use; raise max_num_seqs")
+        self._cache.shorten(target, 0)
+        self._table.take(target)
+        with ExitStack() as undo:
+            undo.callback(self._table.release, target)
+            self._backing.clear(target)
+            self._reclaimer.provide(lambda: self._backing.share(source, target, num_tokens), (source, target))
+            undo.pop_all()
+        return target
 
-    def _drop_unusable(self, record: Slot) -> bool:
-        """Unmap what a new sequence, which begins at token 0, could not use. False if the driver refuses."""
-        for group, extent in zip(self._layout.groups, record.extents, strict=True):
-            if extent.first > 0 and self._try_unmap(group.pages(record.index, extent.first, extent.last)):
-                extent.first = extent.last = 0
-        return not record.stuck
+    def _check_room_for_one(self) -> None:
+        if self.num_free_slots == 0:
+            raise OutOfMemoryError(1, 0, f"all {self.num_slots} slots are taken; raise max_num_seqs")
 
-    def _reclaim(self, nbytes: int) -> int:
-        """Take back at least `nbytes` of warm memory if there is so much; returns how much it was."""
-        before = self._pool.in_use_nbytes
-        for record in self._table.warm():
-            if before - self._pool.in_use_nbytes >= nbytes:
-                break
-            for group, extent in zip(self._layout.groups, record.extents, strict=True):
-                if self._try_unmap(group.pages(record.index, extent.first, extent.last)):
-                    extent.first = extent.last = 0
-            if not record.mapped:
-                self._table.cool(record)
-        return before - self._pool.in_use_nbytes
+    def _check_reach(self, record: Slot, num_tokens: int) -> None:
+        if not record.holds(num_tokens, self._layout.groups):
+            raise ValueError(
+                f"slot {record.index} cannot go back to {num_tokens} tokens: memory behind its windows is gone"
+            )
 
-    def _unmap(self, indices: IntArray) -> None:
-        """Unmap those of the pages that are mapped."""
-        mapped = indices[self._region.pages(indices) != 0]
-        if len(mapped):
-            self._region.unmap(mapped)
-
-    def _try_unmap(self, indices: IntArray) -> bool:
-        """`_unmap` where nothing depends on it now: a driver's refusal is logged, and it is tried again later."""
-        try:
-            self._unmap(indices)
-        except DriverError:
-            logger.exception("memory could not be given back; it stays mapped and accounted for")
-            return False
-        return True
+    def _drop_unusable(self, record: Slot) -> None:
+        """Unmap what a new sequence, which begins at token 0, could not use."""
+        self._reclaimer.attempt(lambda: self._backing.clear_unusable(record))

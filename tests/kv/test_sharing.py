@@ -1,0 +1,340 @@
+"""Prefix hits and forks: which memory slots have in common, and that what each holds is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tests.kv.contents import FULL, MAX_LEN, PAGE, WINDOW, check, compute, sharing_manager, write
+from vattention.errors import OutOfMemoryError
+from vattention.kv.virtual import VirtualManager
+from vattention.memory.driver import Driver
+from vattention.memory.host import HostDriver
+from vattention.memory.null import NullDriver
+
+PROMPT = list(range(100, 141))  # 41 tokens: 10 pages and a quarter
+
+
+@pytest.fixture(params=["host", "host-sliced", "null"])
+def cache(request: pytest.FixtureRequest) -> Iterator[VirtualManager]:
+    driver: Driver = NullDriver(PAGE) if request.param == "null" else HostDriver(PAGE)
+    made = sharing_manager(driver, sliced=request.param == "host-sliced")
+    yield made
+    made.close()
+
+
+def finished(cache: VirtualManager, tokens: list[int], salt: str = "") -> int:
+    """A sequence of these tokens that came and went."""
+    placement = cache.take(tokens, salt=salt)
+    compute(cache, placement.slot, tokens, placement.num_cached_tokens, salt)
+    cache.release(placement.slot, tokens)
+    return placement.slot
+
+
+def holds(cache: VirtualManager, slot: int, tokens: list[int], salt: str = "") -> None:
+    if cache.layer(0).keys.device.type != "meta":
+        check(cache, slot, tokens, salt)
+
+
+def test_a_chat_that_goes_on_maps_no_page_it_already_had(cache: VirtualManager) -> None:
+    slot = finished(cache, PROMPT)
+    groups = cache._layout.groups
+    there = np.concatenate([group.pages(slot, 0, len(PROMPT)) for group in groups])
+    pages = cache._backing.region.pages(there).tolist()
+    mapped = cache.accounts().mapped_nbytes
+    turn = [*PROMPT, 1, 2, 3]
+    assert cache.take(turn).slot == slot
+    assert cache.accounts().mapped_nbytes == mapped
+    cache.ensure(slot, len(PROMPT), len(turn))
+    write(cache, slot, turn, len(PROMPT))
+    new = sum(group.num_pages(0, len(turn)) - group.num_pages(0, len(PROMPT)) for group in groups)
+    assert cache.accounts().mapped_nbytes == mapped + new * PAGE
+    assert cache._backing.region.pages(there).tolist() == pages
+    holds(cache, slot, turn)
+
+
+def test_two_requests_stand_on_the_same_pages(cache: VirtualManager) -> None:
+    first = cache.take(PROMPT).slot
+    compute(cache, first, PROMPT, 0)
+    alone = cache.accounts()
+    other = [*PROMPT[:30], 7, 8, 9]
+    placement = cache.take(other)
+    assert placement.num_cached_tokens == 30
+    assert placement.slot != first
+    holds(cache, placement.slot, other[:30])
+    compute(cache, placement.slot, other, 30)
+    accounts = cache.accounts()
+    unshared = alone.mapped_nbytes * 33 // 41
+    assert accounts.mapped_nbytes < alone.mapped_nbytes + unshared
+    assert accounts.shared_nbytes > 0
+    assert accounts.live_nbytes + accounts.warm_nbytes == accounts.mapped_nbytes
+    holds(cache, first, PROMPT)
+    holds(cache, placement.slot, other)
+
+
+def test_a_tenant_sees_only_what_its_salt_covers(cache: VirtualManager) -> None:
+    finished(cache, PROMPT, "mine")
+    assert cache.take([*PROMPT, 1], salt="yours").num_cached_tokens == 0
+    placement = cache.take([*PROMPT, 1], salt="mine")
+    assert placement.num_cached_tokens == len(PROMPT)
+    holds(cache, placement.slot, PROMPT, "mine")
+
+
+def test_the_last_token_is_always_computed(cache: VirtualManager) -> None:
+    slot = finished(cache, PROMPT)
+    placement = cache.take(PROMPT)
+    assert (placement.slot, placement.num_cached_tokens) == (slot, len(PROMPT) - 1)
+    assert cache.take(PROMPT[:20]).num_cached_tokens == 19
+
+
+def test_tokens_count_as_cached_only_once_they_are_computed(cache: VirtualManager) -> None:
+    first = cache.take(PROMPT).slot
+    assert cache.take(PROMPT).num_cached_tokens == 0
+    assert cache.awaits(PROMPT)
+    assert not cache.awaits([*PROMPT[:10], 5])
+    assert not cache.awaits(PROMPT, salt="other")
+    cache.ensure(first, 0, 20)
+    write(cache, first, PROMPT[:20], 0)
+    cache.computed(first, 20)
+    assert cache.awaits(PROMPT)
+    assert not cache.awaits(PROMPT[:22])
+    placement = cache.take(PROMPT)
+    assert placement.num_cached_tokens == 20
+    holds(cache, placement.slot, PROMPT[:20])
+
+
+def test_nobody_waits_for_a_promise_that_is_kept_or_broken(cache: VirtualManager) -> None:
+    first = cache.take(PROMPT).slot
+    assert cache.awaits(PROMPT)
+    cache.release(first)
+    assert not cache.awaits(PROMPT)
+    first = cache.take(PROMPT).slot
+    assert cache.awaits(PROMPT)
+    compute(cache, first, PROMPT, 0)
+    assert not cache.awaits(PROMPT)
+    assert not cache.awaits([*PROMPT, *range(50)])
+
+
+def test_release_without_tokens_keeps_what_was_computed(cache: VirtualManager) -> None:
+    slot = cache.take(PROMPT).slot
+    cache.ensure(slot, 0, 41)
+    write(cache, slot, PROMPT, 0)
+    cache.computed(slot, 24)
+    cache.release(slot)
+    placement = cache.take(PROMPT)
+    assert placement.num_cached_tokens == 24
+    holds(cache, placement.slot, PROMPT[:24])
+
+
+def test_a_fork_shares_and_then_goes_its_own_way(cache: VirtualManager) -> None:
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    before = cache.accounts().mapped_nbytes
+    child = cache.fork(slot, 38)
+    assert cache.accounts().mapped_nbytes - before <= len(cache._layout.groups) * 4 * PAGE
+    holds(cache, child, PROMPT[:38])
+    longer, other = [*PROMPT, *range(20)], [*PROMPT[:38], *range(50, 60)]
+    compute(cache, slot, longer, 41)
+    compute(cache, child, other, 38)
+    holds(cache, slot, longer)
+    holds(cache, child, other)
+    with pytest.raises(ValueError, match="cannot be forked at 99"):
+        cache.fork(slot, 99)
+
+
+def test_forks_need_no_prefix_cache() -> None:
+    cache = sharing_manager(prefix_cache=False, num_rows=4)
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    child = cache.fork(slot, len(PROMPT))
+    compute(cache, child, [*PROMPT, 1], 41)
+    cache.release(slot, PROMPT)
+    check(cache, child, [*PROMPT, 1])
+    assert cache.take(PROMPT).num_cached_tokens == 0
+    cache.close()
+
+
+def test_no_write_reaches_a_page_that_another_holds(cache: VirtualManager) -> None:
+    """Park, fork, adopt for a shorter prefix, append."""
+    slot = finished(cache, PROMPT)
+    assert cache.take([*PROMPT, 1]).slot == slot
+    child = cache.fork(slot, 40)
+    cache.trim(slot, 21)
+    other = [*PROMPT[:21], *range(30)]
+    compute(cache, slot, other, 21)
+    holds(cache, child, PROMPT[:40])
+    holds(cache, slot, other)
+
+
+def test_only_what_a_window_still_reads_is_shared(cache: VirtualManager) -> None:
+    first = cache.take(PROMPT).slot
+    compute(cache, first, PROMPT, 0)
+    slot = cache.take([*PROMPT[:32], 0]).slot
+    full, windowed = cache._layout.groups
+    assert windowed.window == WINDOW
+    regions = cache._backing.region
+    assert len(regions.missing(full.pages(slot, 0, 32))) == 0
+    assert len(regions.missing(windowed.pages(slot, 32 - WINDOW + 1, 32))) == 0
+    behind = windowed.pages_behind(slot, 0, 32 - WINDOW)
+    assert len(regions.missing(behind)) == len(behind)
+
+
+def test_what_lies_behind_a_window_is_warm_and_goes_before_a_request_fails(cache: VirtualManager) -> None:
+    tokens = list(range(MAX_LEN))
+    slot = cache.take(tokens).slot
+    for end in range(4, 89, 4):
+        compute(cache, slot, tokens[:end], end - 4)
+    windowed = cache._layout.groups[1]
+    accounts = cache.accounts()
+    assert accounts.warm_nbytes >= windowed.num_pages(0, 76) * PAGE - PAGE
+    placement = cache.take([*tokens[:40], 0])
+    assert placement.num_cached_tokens == 40
+    cache.release(placement.slot)
+    cache.set_limit(cache.accounts().live_nbytes)
+    assert cache.excess_nbytes == 0
+    assert cache.accounts().warm_nbytes == 0
+    cache.set_limit(10_000 * PAGE)
+    assert cache.take([*tokens[:30], 1]).num_cached_tokens == 0
+    holds(cache, slot, tokens[:88])
+    placement = cache.take([*tokens[:88], 1])
+    assert placement.num_cached_tokens == 88
+    holds(cache, placement.slot, tokens[:88])
+
+
+def test_worthless_memory_goes_before_cached_and_that_by_last_use(cache: VirtualManager) -> None:
+    prompts = [[i, *PROMPT] for i in range(3)]
+    for prompt in prompts:
+        finished(cache, prompt)
+    worthless = cache.take([9]).slot
+    cache.ensure(worthless, 0, 41)
+    cache.release(worthless)
+    # Used again, and parked again.
+    finished(cache, prompts[0])
+    accounts = cache.accounts()
+    cache.set_limit(accounts.mapped_nbytes - PAGE)
+    assert not cache._table.warm()
+    assert [len(slot.tokens) for slot in cache._table.parked()] == [42, 42, 42]
+    cache.set_limit(cache.accounts().mapped_nbytes - PAGE)
+    first, *others = cache._table.parked()
+    assert first.tokens[0] == 1
+    assert 16 <= len(first.tokens) < 42
+    assert [len(slot.tokens) for slot in others] == [42, 42]
+    left = len(first.tokens)
+    placement = cache.take(prompts[1])
+    assert placement.num_cached_tokens == left
+    holds(cache, placement.slot, prompts[1][: placement.num_cached_tokens])
+
+
+def test_without_room_beside_a_parked_slot_a_request_takes_its_place(cache: VirtualManager) -> None:
+    slot = finished(cache, PROMPT)
+    cache.set_limit(cache.accounts().mapped_nbytes)
+    placement = cache.take([*PROMPT[:38], 1])
+    assert (placement.slot, placement.num_cached_tokens) == (slot, 38)
+    compute(cache, slot, [*PROMPT[:38], 1], 38)
+    holds(cache, slot, [*PROMPT[:38], 1])
+
+
+def test_rows_run_out_then_the_least_recently_used_goes(cache: VirtualManager) -> None:
+    prompts = [[i, *PROMPT] for i in range(9)]
+    for prompt in prompts:
+        finished(cache, prompt)
+    assert cache.take([*prompts[0], 1]).num_cached_tokens == 0
+    assert cache.take([*prompts[8], 1]).num_cached_tokens == 42
+
+
+def test_forgotten_prefixes_are_not_found(cache: VirtualManager) -> None:
+    finished(cache, PROMPT)
+    cache.drop_warm()
+    assert cache.accounts().mapped_nbytes == 0
+    assert cache.take(PROMPT).num_cached_tokens == 0
+
+
+def test_shared_memory_outlives_whoever_had_it_first(cache: VirtualManager) -> None:
+    finished(cache, PROMPT)
+    other = [*PROMPT[:30], 1]
+    slot = cache.take(other).slot
+    compute(cache, slot, other, 30)
+    cache.drop_warm()
+    holds(cache, slot, other)
+    placement = cache.take([*PROMPT[:30], 2])
+    assert placement.num_cached_tokens == 30
+    holds(cache, placement.slot, PROMPT[:30])
+
+
+def test_where_kernel_mappings_run_out_pages_are_copied() -> None:
+    driver = HostDriver(PAGE)
+    object.__setattr__(driver.capabilities, "max_mappings", 8)
+    cache = sharing_manager(driver)
+    first = cache.take(PROMPT).slot
+    compute(cache, first, PROMPT, 0)
+    other = [*PROMPT[:30], 1]
+    slot = cache.take(other).slot
+    assert cache.accounts().shared_nbytes == 0
+    compute(cache, slot, other, 30)
+    check(cache, slot, other)
+    check(cache, first, PROMPT)
+    cache.close()
+
+
+def test_runs_are_all_that_a_slot_has_to_give(cache: VirtualManager) -> None:
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    runs = cache.runs(slot, 41)
+    size = sum(min(41, WINDOW - 1 if g.window else 41) * g.token_nbytes for g in cache._layout.groups)
+    assert sum(len(run) for run in runs) == size
+    assert len(runs) == sum(len(group.planes) for group in cache._layout.groups)
+    swapped = [run.clone() for run in runs]
+    other = cache.take([]).slot
+    cache.ensure(other, 41, 41)
+    for run, content in zip(cache.runs(other, 41), swapped, strict=True):
+        run.copy_(content)
+    holds(cache, other, PROMPT)
+
+
+def test_what_is_copied_into_a_slot_reaches_no_other(cache: VirtualManager) -> None:
+    first = cache.take(PROMPT).slot
+    compute(cache, first, PROMPT, 0)
+    second = cache.take([*PROMPT, 1]).slot
+    cache.ensure(second, 60, 60)
+    for run in cache.runs(second, 60):
+        run.fill_(0)
+    holds(cache, first, PROMPT)
+
+
+def test_a_row_is_never_promised_more_than_it_holds(cache: VirtualManager) -> None:
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    with pytest.raises(ValueError, match="holds 41 tokens, not 42"):
+        cache.release(slot, [*PROMPT, 1])
+
+
+def test_there_are_no_more_sequences_than_slots_however_many_rows(cache: VirtualManager) -> None:
+    for left in (3, 2, 1, 0):
+        slot = cache.take([1]).slot
+        assert cache.num_free_slots == left
+    with pytest.raises(OutOfMemoryError, match="max_num_seqs"):
+        cache.take([1])
+    with pytest.raises(OutOfMemoryError, match="max_num_seqs"):
+        cache.fork(slot, 0)
+
+
+def test_a_model_of_one_token_windows() -> None:
+    from vattention.core import AttentionSpec
+
+    specs = [FULL[0], AttentionSpec(2, 1, 256, 256, 1.0, window=1)]
+    cache = sharing_manager(specs=specs)
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0, specs=specs)
+    for length in (30, 32, 41):
+        child = cache.fork(slot, length)
+        tokens = [*PROMPT[:length], 1]
+        compute(cache, child, tokens, length, specs=specs)
+        check(cache, child, tokens, specs=specs)
+        cache.trim(child, length)
+        cache.release(child)
+    cache.release(slot)
+    cache.drop_warm()
+    assert cache.accounts().mapped_nbytes == 0
+    cache.close()
