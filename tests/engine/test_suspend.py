@@ -30,23 +30,26 @@ from vattention.sampling_params import SamplingParams
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
 
 
-def virtual(sliced: bool) -> KVManager:
+def virtual(sliced: bool, pages: int) -> KVManager:
     layout = plan(SPECS, item_nbytes=4, num_slots=4, max_len=64, page_nbytes=PAGE, sliced=sliced)
     return VirtualManager(
-        open_driver("cpu", PAGE), layout, dtype=torch.float32, limit_nbytes=1000 * PAGE, background=False
+        open_driver("cpu", PAGE), layout, dtype=torch.float32, limit_nbytes=pages * PAGE, background=False
     )
 
 
-MANAGERS: dict[str, Callable[[], KVManager]] = {
-    "virtual": lambda: virtual(False),
-    "sliced": lambda: virtual(True),
-    "paged": lambda: paged(specs=SPECS, caching=True, limit_nbytes=1000 * PAGE),
+MANAGERS: dict[str, Callable[[int], KVManager]] = {
+    "virtual": lambda pages: virtual(False, pages),
+    "sliced": lambda pages: virtual(True, pages),
+    "paged": lambda pages: paged(specs=SPECS, caching=True, limit_nbytes=pages * PAGE),
 }
+"""By name, each with so many pages."""
+
+MANY = 1000
 
 
 def started(manager: str = "virtual", *, steps: int, params: SamplingParams | None = None) -> LLMEngine:
     """An engine in the middle of request "a"."""
-    engine = fake_engine(manager=MANAGERS[manager](), max_num_batched_tokens=4)
+    engine = fake_engine(manager=MANAGERS[manager](MANY), max_num_batched_tokens=4)
     engine.add_request("a", {"prompt_token_ids": PROMPT}, params or greedy(20))
     for _ in range(steps):
         engine.step()
@@ -68,7 +71,7 @@ def test_a_running_request_goes_on_in_another_engine(before: str, after: str, tm
     nothing_is_left(engine)
 
     runner = FakeRunner()
-    engine = fake_engine(manager=MANAGERS[after](), runner=runner)
+    engine = fake_engine(manager=MANAGERS[after](MANY), runner=runner)
     output = engine.resume(tmp_path / "a", "b")
     assert not output.finished
     assert 0 < len(output.outputs[0].token_ids) < 20
@@ -119,7 +122,7 @@ def test_a_finished_conversation_computes_only_its_next_turn(tmp_path: Path) -> 
     nothing_is_left(engine)
 
     runner = FakeRunner()
-    engine = fake_engine(manager=MANAGERS["paged"](), runner=runner)
+    engine = fake_engine(manager=MANAGERS["paged"](MANY), runner=runner)
     output = engine.resume(tmp_path / "a", "b")
     assert output.finished
     assert output.outputs == first.outputs
@@ -134,11 +137,11 @@ def test_a_finished_conversation_computes_only_its_next_turn(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("salts", [("x", "x"), ("x", "")])
 def test_a_salt_keeps_a_conversation_apart(salts: tuple[str, str], tmp_path: Path) -> None:
-    engine = fake_engine(manager=MANAGERS["paged"]())
+    engine = fake_engine(manager=MANAGERS["paged"](MANY))
     engine.add_request("a", {"prompt_token_ids": PROMPT, "cache_salt": "x"}, greedy(20))
     engine.suspend_finished(run(engine)["a"], tmp_path / "a", cache_salt=salts[0])
     engine.close()
-    engine = fake_engine(manager=MANAGERS["paged"]())
+    engine = fake_engine(manager=MANAGERS["paged"](MANY))
     output = engine.resume(tmp_path / "a", "b")
     turn = [*PROMPT, *output.outputs[0].token_ids, 20]
     engine.add_request("next", {"prompt_token_ids": turn, "cache_salt": salts[1]}, greedy(1))

@@ -18,10 +18,12 @@ from hypothesis.stateful import initialize, invariant
 from tests.engine.fakes import FakeRunner, completion, fake_engine
 from tests.engine.test_parity import NUM_TOKENS, engine_for, generated, prompts_for, served
 from tests.engine.test_scheduler import EngineMachine, greedy, run
+from tests.engine.test_suspend import MANAGERS
 from tests.model.architectures import ARCHITECTURES
 from vattention.engine.engine import LLMEngine
 from vattention.engine.preemption import SwapPolicy
 from vattention.engine.sequence import Sequence as EngineSequence
+from vattention.kv.manager import KVManager
 from vattention.kv.swap import SwapSpace, file_space, memory_space
 
 PROMPTS = {str(i): [i + 2] * (4 + i) for i in range(4)}
@@ -61,9 +63,11 @@ def waiting(engine: LLMEngine) -> Sequence[EngineSequence]:
     return [sequence for _, sequence in engine._scheduler._waiting]
 
 
-def crowded(space: SwapSpace | None, policy: SwapPolicy, runner: FakeRunner | None = None) -> LLMEngine:
+def crowded(
+    space: SwapSpace, policy: SwapPolicy, runner: FakeRunner | None = None, manager: KVManager | None = None
+) -> LLMEngine:
     """An engine with more to do than it has memory for."""
-    engine = force(fake_engine(limit_pages=SMALL, swap_space=space, runner=runner), policy)
+    engine = force(fake_engine(limit_pages=SMALL, swap_space=space, runner=runner, manager=manager), policy)
     for name, prompt in PROMPTS.items():
         engine.add_request(name, {"prompt_token_ids": prompt}, greedy(40))
     return engine
@@ -84,6 +88,16 @@ def test_tokens_are_the_same_however_preempted(choices: tuple[bool, ...], space:
     assert finished_right(engine) > 0
     needed = sum(len(prompt) + 40 - 1 for prompt in PROMPTS.values())
     assert (runner.num_computed == needed) == (choices == (True,)), "only swapping computes every token once"
+    assert (space.num_images, space.used_nbytes) == (0, 0)
+    engine.close()
+
+
+@pytest.mark.parametrize("manager", MANAGERS)
+def test_every_managers_memory_can_be_swapped(manager: str, space: SwapSpace) -> None:
+    runner = FakeRunner()
+    engine = crowded(space, Always(True), runner, MANAGERS[manager](SMALL))
+    assert finished_right(engine) > 0
+    assert runner.num_computed == sum(len(prompt) + 40 - 1 for prompt in PROMPTS.values())
     assert (space.num_images, space.used_nbytes) == (0, 0)
     engine.close()
 

@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
@@ -176,10 +177,42 @@ def file_space(folder: str | Path, capacity_nbytes: int | None) -> SwapSpace:
 
 
 class _HostMemory:
-    """A private mapping, in huge pages where there are any: touching small ones first costs more than the copy."""
+    """A private mapping, in huge pages where there are any: touching small ones first costs more than the copy.
+
+    The copies are numpy's, which one thread makes: torch's wait for all of its threads, one of which is late
+    whenever another process wants a core.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        self._bytes = _anonymous(nbytes)
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # advice: a kernel without huge pages gives small ones
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = np.frombuffer(memory, np.uint8)
+
+    def write(self, runs: Sequence[torch.Tensor]) -> None:
+        end = 0
+        for run in runs:
+            begin, end = end, end + run.nbytes
+            self._bytes[begin:end] = run.view(-1).numpy()
+
+    def read(self, runs: Sequence[torch.Tensor]) -> None:
+        end = 0
+        for run in runs:
+            begin, end = end, end + run.nbytes
+            run.view(-1).numpy()[:] = self._bytes[begin:end]
+
+    def close(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+
+class _PinnedMemory:
+    """Memory that a GPU copies to and from by itself. torch keeps what is freed for the next that asks."""
+
+    def __init__(self, nbytes: int) -> None:
+        try:
+            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
 
     def write(self, runs: Sequence[torch.Tensor]) -> None:
         for part, run in zip(self._parts(runs), runs, strict=True):
@@ -196,16 +229,6 @@ class _HostMemory:
         """Where each run's bytes are."""
         ends = list(accumulate(run.nbytes for run in runs))
         return [self._bytes[end - run.nbytes : end] for run, end in zip(runs, ends, strict=True)]
-
-
-class _PinnedMemory(_HostMemory):
-    """Memory that a GPU copies to and from by itself. torch keeps what is freed for the next that asks."""
-
-    def __init__(self, nbytes: int) -> None:
-        try:
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            raise OSError(str(error)) from error
 
 
 class _File:
@@ -241,13 +264,6 @@ class _File:
                 if moved < buffer.nbytes:
                     pending.append(buffer[moved:])
                 moved -= min(moved, buffer.nbytes)
-
-
-def _anonymous(nbytes: int) -> torch.Tensor:
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # advice: a kernel without huge pages gives small ones
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
 
 def _translated(error: OSError, nbytes: int) -> OutOfMemoryError | DriverError:
