@@ -16,7 +16,7 @@ ARROWS = {
     **dict.fromkeys(LEAVES, frozenset[str]()),
     "memory": frozenset(),
     "kv": frozenset({"memory"}),
-    "attention": frozenset({"kv.manager"}),
+    "attention": frozenset({"kv.manager", "native"}),
     "native": frozenset(),
     "model": frozenset({"attention", "kv", "native"}),
     "engine": frozenset({"model", "kv"}),

@@ -24,16 +24,15 @@ def attend(
     keys, values = view.keys.double().cpu().numpy(), view.values.double().cpu().numpy()
     output = np.zeros((len(queries), spec.num_heads, spec.value_dim))
     for row, (slot, position) in enumerate(zip(batch.slots.tolist(), batch.positions.tolist(), strict=True)):
-        seen = [key for key in range(position + 1) if spec.window is None or position - key < spec.window]
+        seen = slice(0 if spec.window is None else max(0, position - spec.window + 1), position + 1)
         for head in range(spec.num_heads):
             kv_head = head * spec.num_kv_heads // spec.num_heads
-            scores = [float(queries[row, head] @ keys[slot, key, kv_head]) * spec.scale for key in seen]
+            scores = keys[slot, seen, kv_head] @ queries[row, head] * spec.scale
             if spec.softcap is not None:
-                scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
-            weights = [math.exp(score) for score in scores]
-            total = sum(weights)
+                scores = spec.softcap * np.tanh(scores / spec.softcap)
+            weights = np.exp(scores)
+            total = weights.sum()
             if sinks is not None:
                 total += math.exp(float(sinks[head]))
-            for key, weight in zip(seen, weights, strict=True):
-                output[row, head] += weight / total * values[slot, key, kv_head]
+            output[row, head] = weights / total @ values[slot, seen, kv_head]
     return torch.from_numpy(output)

@@ -15,7 +15,7 @@ import torch
 from vattention.attention.kernel import RaggedBatch
 from vattention.attention.registry import KERNELS
 from vattention.core import AttentionSpec, Chunk
-from vattention.kv.manager import LayerView
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -44,7 +44,14 @@ def run(kernel: str, itemsize: int, num_rows: int, window: int | None, beyond: i
     per_page = PAGE // (NUM_KV_HEADS * DIM * itemsize)
     first, last = (0, 4 * per_page) if window is None else (per_page, 4 * per_page)
     start = last - num_rows
-    view = LayerView(*(guarded(5 * per_page, dtype, first, last) for _ in "kv"))
+    dense = LayerView(*(guarded(5 * per_page, dtype, first, last) for _ in "kv"))
+    view: CacheView = dense
+    if KERNELS[kernel].reads is PagedLayerView:
+        # Blocks that end where memory does; copying takes whole blocks, so for it they are pages.
+        size = per_page // 4
+        tables = torch.arange(5 * per_page // size, dtype=torch.int32).unsqueeze(0)
+        keys, values = (x.view(-1, size, NUM_KV_HEADS, DIM) for x in (dense.keys, dense.values))
+        view = PagedLayerView(keys, values, tables)
     spec = AttentionSpec(4, NUM_KV_HEADS, DIM, DIM, 0.2, window=None if window is None else start - first + 1)
     batch = RaggedBatch.of([Chunk(0, start + beyond, [0] * num_rows, 0)])
     result = KERNELS[kernel](torch.randn(num_rows, 4, DIM).to(dtype), view, batch, spec, None)

@@ -17,6 +17,7 @@ class EagerKernel:
     """Computes everything that `AttentionSpec` can say, in float32 or better whatever the inputs are."""
 
     name = "eager"
+    reads = LayerView
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         return None if dtype.is_floating_point else f"keys and values of {dtype} are no floating-point numbers"

@@ -1,6 +1,6 @@
-"""The contract of an attention kernel over the contiguous cache.
+"""The contract of an attention kernel over a layer's cache.
 
-A kernel sees queries of a ragged batch in one tensor and each layer's keys and values as plain strided tensors; who
+A kernel sees queries of a ragged batch in one tensor and a layer's keys and values through one kind of view; who
 owns the memory behind them it cannot know. What it cannot compute it says beforehand (`unsupported`), so that
 another kernel is chosen: a feature is never dropped silently.
 """
@@ -8,13 +8,29 @@ another kernel is chosen: a feature is never dropped silently.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 
 from vattention.core import AttentionSpec, Chunk
-from vattention.kv.manager import LayerView
+from vattention.kv.manager import CacheView
+
+Span = tuple[int, int, int, int]
+"""One sequence's share of a batch: slot, first row, number of rows, position of the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A batch's sequences by the number of their rows.
+
+    Attributes:
+        short: [n, 4] int64, the spans of few rows, in the order of the batch.
+        long: the other spans.
+    """
+
+    short: torch.Tensor
+    long: tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +47,8 @@ class RaggedBatch:
 
     slots: torch.Tensor
     positions: torch.Tensor
-    spans: tuple[tuple[int, int, int, int], ...]
+    spans: tuple[Span, ...]
+    _parts: dict[int, Parts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], device: torch.device | str = "cpu") -> RaggedBatch:
@@ -49,12 +66,30 @@ class RaggedBatch:
             tuple(spans),
         )
 
+    def parts(self, most_rows: int) -> Parts:
+        """The batch in two, `most_rows` being few: the same object for all layers of a forward pass."""
+        if most_rows not in self._parts:
+            short = [span for span in self.spans if span[2] <= most_rows]
+            self._parts[most_rows] = Parts(
+                torch.tensor(short, dtype=torch.int64).reshape(-1, 4),
+                tuple(span for span in self.spans if span[2] > most_rows),
+            )
+        return self._parts[most_rows]
 
-class AttentionKernel(Protocol):
+
+View_contra = TypeVar("View_contra", bound=CacheView, contravariant=True)
+
+
+class AttentionKernel(Protocol[View_contra]):
     """Causal attention of a ragged batch over cached keys and values."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def reads(self) -> type[CacheView]:
+        """The kind of view this kernel takes."""
+        ...
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why this kernel cannot compute such a layer, or None if it can."""
@@ -63,7 +98,7 @@ class AttentionKernel(Protocol):
     def __call__(
         self,
         query: torch.Tensor,
-        view: LayerView,
+        view: View_contra,
         batch: RaggedBatch,
         spec: AttentionSpec,
         sinks: torch.Tensor | None,

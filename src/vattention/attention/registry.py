@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any, TypeVar, cast
 
-import torch
-
+from vattention.attention.compiled import NativeKernel, PagedKernel
 from vattention.attention.eager import EagerKernel
+from vattention.attention.gathered import GatheredKernel
 from vattention.attention.kernel import AttentionKernel
 from vattention.attention.sdpa import SdpaKernel
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
 AUTO = "auto"
 """Not a kernel: take the fastest that can."""
 
-KERNELS: MappingProxyType[str, AttentionKernel] = MappingProxyType(
-    {kernel.name: kernel for kernel in (SdpaKernel(), EagerKernel())}
+KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
+    {
+        kernel.name: kernel
+        for kernel in (NativeKernel(), SdpaKernel(), EagerKernel(), PagedKernel(), GatheredKernel())
+    }
 )
-"""All kernels, the fastest first."""
+"""All kernels; of those that read the same kind of view the fastest first."""
+
+View = TypeVar("View", bound=CacheView)
+
+_KINDS = MappingProxyType({LayerView: "contiguous slots", PagedLayerView: "blocks"})
 
 
-def choose(name: str, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> AttentionKernel:
-    """The kernel called `name`, or with "auto" the fastest that computes such a layer.
+def choose(name: str, spec: AttentionSpec, view: View) -> AttentionKernel[View]:
+    """The kernel called `name`, or with "auto" the fastest that computes such a layer over such a view.
 
     Raises:
-        ConfigError: there is no such kernel, or it cannot compute the layer; the message names those that can.
+        ConfigError: there is no such kernel, or it cannot compute the layer or read the view; the message names
+            those that can.
     """
-    reasons = {known: kernel.unsupported(spec, dtype, device) for known, kernel in KERNELS.items()}
+    reasons = {known: _unsupported(kernel, spec, view) for known, kernel in KERNELS.items()}
     able = [known for known, reason in reasons.items() if reason is None]
     wanted = able[0] if name == AUTO and able else name
     if wanted in able:
-        return KERNELS[wanted]
+        return cast(AttentionKernel[View], KERNELS[wanted])
     if name == AUTO:
         said = "; ".join(f"{known}: {reason}" for known, reason in reasons.items())
         raise ConfigError(f"no attention kernel can compute this model's layers: {said}")
     if name not in KERNELS:
-        raise ConfigError(f"attention={name!r} is not known; choose {', '.join(map(repr, [AUTO, *KERNELS]))}")
+        raise ConfigError(f"attention={name!r} is not known; choose {', '.join(map(repr, [AUTO, *able]))}")
     raise ConfigError(
         f"attention={name!r} cannot compute this model's layers: {reasons[name]}; "
         f"choose {', '.join(map(repr, [AUTO, *able]))}"
     )
+
+
+def _unsupported(kernel: AttentionKernel[Any], spec: AttentionSpec, view: CacheView) -> str | None:
+    if not isinstance(view, kernel.reads):
+        return f"it reads {_KINDS[kernel.reads]}, and this KV cache has {_KINDS[type(view)]}"
+    return kernel.unsupported(spec, view.keys.dtype, view.keys.device)

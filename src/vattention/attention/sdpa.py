@@ -24,6 +24,7 @@ class SdpaKernel:
     """
 
     name = "sdpa"
+    reads = LayerView
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         if not dtype.is_floating_point:

@@ -14,7 +14,7 @@ from vattention.attention.kernel import AttentionKernel, RaggedBatch
 from vattention.attention.registry import AUTO, choose
 from vattention.core import AttentionSpec, Chunk
 from vattention.errors import UnsupportedModelError
-from vattention.kv.manager import KVManager, LayerView
+from vattention.kv.manager import CacheView, KVManager
 from vattention.model.hook import AttentionHook
 from vattention.model.probe import ModelAttention
 
@@ -41,11 +41,10 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._device = model.device
-        self._layers: dict[torch.nn.Module, tuple[int, AttentionSpec, LayerView, bool, AttentionKernel]] = {}
+        self._layers: dict[torch.nn.Module, tuple[int, AttentionSpec, CacheView, bool, AttentionKernel[Any]]] = {}
         for index, layer in enumerate(attention.layers):
             view = kv.layer(layer.cache_layer)
-            assert isinstance(view, LayerView)
-            chosen = choose(kernel, layer.spec, view.keys.dtype, self._device)
+            chosen = choose(kernel, layer.spec, view)
             self._layers[model.get_submodule(layer.name)] = index, layer.spec, view, layer.writes, chosen
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._batch: RaggedBatch | None = None

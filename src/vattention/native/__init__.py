@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_CACHE_DTYPES = {**_DTYPES, torch.float16: 2}
 
 
 class LinearWeight(ctypes.Structure):
@@ -40,6 +41,55 @@ class LinearWeight(ctypes.Structure):
         return cls(packed.data_ptr(), bias_address, num_out, num_in, _DTYPES[packed.dtype])
 
 
+class AttentionHeads(ctypes.Structure):
+    """`vattention_heads` of attend.c: what a layer's attention computes."""
+
+    _fields_ = (
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("key_dim", c_int64),
+        ("value_dim", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    """`vattention_cache` of attend.c: keys or values."""
+
+    _fields_ = (
+        ("numbers", c_void_p),
+        ("slot_stride", c_int64),
+        ("token_stride", c_int64),
+        ("head_stride", c_int64),
+    )
+
+
+class _Tables(ctypes.Structure):
+    """`vattention_tables` of attend.c: block tables, or none."""
+
+    _fields_ = (("blocks", c_void_p), ("slot_stride", c_int64), ("block_size", c_int64))
+
+
+class AttentionCache:
+    """One layer's keys and values as attend.c takes them; the tensors stay alive as long as this.
+
+    Args:
+        keys: [num_slots, max_len, num_kv_heads, key_dim], or with tables [num_blocks, block_size, ...].
+        values: likewise, of value_dim.
+        tables: [num_slots, max_blocks] int32.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, tables: Tensor | None) -> None:
+        self._tensors = keys, values, tables
+        self._keys = _Cache(keys.data_ptr(), *keys.stride()[:3])
+        self._values = _Cache(values.data_ptr(), *values.stride()[:3])
+        self._tables = _Tables() if tables is None else _Tables(tables.data_ptr(), tables.stride(0), keys.shape[1])
+        self.dtype = _CACHE_DTYPES[keys.dtype]
+        self.addresses = tuple(ctypes.addressof(part) for part in (self._keys, self._values, self._tables))
+
+
 class Kernels:
     """The compiled kernels on tensors, and the threads they run on, which are torch's.
 
@@ -48,6 +98,7 @@ class Kernels:
     """
 
     dtypes = frozenset(_DTYPES)
+    cache_dtypes = frozenset(_CACHE_DTYPES)
 
     def __init__(self, path: Path) -> None:
         """Loads the library; raises OSError or AttributeError where it, or GNU OpenMP under torch, is not there."""
@@ -67,6 +118,13 @@ class Kernels:
         self._gate.argtypes = (
             *(c_void_p, c_void_p, c_int64, c_int64, c_float, c_float),
             *(c_int32, c_int32, c_void_p),
+        )
+
+        self._attend = library.vattention_attend
+        self._attend.restype = c_int32
+        self._attend.argtypes = (
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_void_p),
         )
 
     def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
@@ -114,6 +172,40 @@ class Kernels:
             torch.get_num_threads(),
             self._parallel,
         )
+
+    def attend(
+        self,
+        heads: AttentionHeads,
+        cache: AttentionCache,
+        query: Tensor,
+        spans: Tensor,
+        sinks: Tensor | None,
+        output: Tensor,
+    ) -> None:
+        """output[T, num_heads, value_dim], the spans' rows of it, from query[T, num_heads, key_dim].
+
+        Args:
+            query: of the cache's type, with adjacent numbers in each head.
+            spans: [num_spans, 4] contiguous int64: slot, first row, number of rows, position of the first.
+            sinks: [num_heads] contiguous float32.
+            output: contiguous, of the cache's type, or float32 where that is float16.
+        """
+        status = self._attend(
+            ctypes.addressof(heads),
+            *cache.addresses,
+            cache.dtype,
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            spans.data_ptr(),
+            spans.shape[0],
+            None if sinks is None else sinks.data_ptr(),
+            output.data_ptr(),
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status != 0:
+            raise MemoryError(f"no memory for the workspace of attention over {query.shape[0]} rows")
 
 
 @cache

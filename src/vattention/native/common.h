@@ -13,7 +13,7 @@
 #define VATTENTION_LANES 16
 #endif
 
-enum { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* GOMP_parallel of the OpenMP runtime that torch runs on. Passed in rather than linked: a second runtime's pool of
  * spinning threads would fight for the same cores. */

@@ -1,0 +1,121 @@
+"""Attention by the compiled kernel, one call for all sequences that bring few rows."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from vattention.attention.gathered import attend_long, gather
+from vattention.attention.kernel import RaggedBatch
+from vattention.core import AttentionSpec
+from vattention.kv.manager import LayerView, PagedLayerView
+from vattention.native import AttentionCache, AttentionHeads, Kernels, kernels
+
+SHORT_ROWS = 1
+"""Most query rows of a sequence that the compiled kernel takes; matrix products are faster with more."""
+
+
+class NativeKernel:
+    """native/attend.c over contiguous slots, read in place; sequences with many rows go through torch's kernels.
+
+    Keys and values are read once for all query heads that share them. All threads take equal shares of the whole
+    batch's keys, however the sequences' lengths differ.
+    """
+
+    name = "native"
+    reads = LayerView
+
+    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        return unsupported(dtype, device)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        view: LayerView,
+        batch: RaggedBatch,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        parts = batch.parts(SHORT_ROWS)
+        output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
+        if len(parts.short):
+            attend_short(query, AttentionCache(view.keys, view.values, None), parts.short, spec, sinks, output)
+        for span in parts.long:
+            attend_long(query, view, span, spec, sinks, output)
+        return output
+
+
+class PagedKernel:
+    """The same over block tables: the same reads in the same order, with an address looked up for each block.
+
+    The blocks of sequences with many rows are copied side by side, for torch's kernels.
+    """
+
+    name = "paged"
+    reads = PagedLayerView
+
+    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+        return unsupported(dtype, device)
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        view: PagedLayerView,
+        batch: RaggedBatch,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        parts = batch.parts(SHORT_ROWS)
+        output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
+        if len(parts.short):
+            cache = AttentionCache(view.keys, view.values, view.tables)
+            attend_short(query, cache, parts.short, spec, sinks, output)
+        for span in parts.long:
+            attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
+        return output
+
+
+def unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the compiled kernel cannot read such a cache, or None if it can."""
+    if device.type != "cpu":
+        return f"the compiled kernels run on processors, not on {device.type}"
+    if dtype not in Kernels.cache_dtypes:
+        names = ", ".join(sorted(str(known).removeprefix("torch.") for known in Kernels.cache_dtypes))
+        return f"the compiled kernels take {names}, not {str(dtype).removeprefix('torch.')}"
+    if kernels() is None:
+        return "the compiled kernels were not built, or do not run here"
+    return None
+
+
+def attend_short(
+    query: torch.Tensor,
+    cache: AttentionCache,
+    spans: torch.Tensor,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Compute the spans' rows of `output` [T, num_heads, value_dim], the rest as in `AttentionKernel`."""
+    compiled = kernels()
+    if compiled is None:
+        raise RuntimeError("there are no compiled kernels here: `unsupported` says so beforehand")
+    rows = query if query.stride(-1) == 1 else query.contiguous()
+    logits = None if sinks is None else sinks.float().contiguous()
+    precise = output.float() if output.dtype == torch.float16 else output
+    compiled.attend(_heads(spec), cache, rows, spans, logits, precise)
+    if precise is not output:
+        output.copy_(precise)
+
+
+@lru_cache(maxsize=256)
+def _heads(spec: AttentionSpec) -> AttentionHeads:
+    return AttentionHeads(
+        spec.num_heads,
+        spec.num_kv_heads,
+        spec.key_dim,
+        spec.value_dim,
+        spec.window or 0,
+        spec.scale,
+        spec.softcap or 0.0,
+    )

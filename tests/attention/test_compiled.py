@@ -1,0 +1,135 @@
+"""The compiled kernel: every instruction set it is built for, and what must not change a bit of its results."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.attention.cases import BATCHES, BLOCK_SIZES, SPECS, filled, in_blocks
+from tests.attention.reference import attend
+from vattention import native
+from vattention.attention import compiled
+from vattention.attention.compiled import NativeKernel, PagedKernel
+from vattention.attention.kernel import RaggedBatch
+from vattention.core import AttentionSpec
+from vattention.kv.manager import LayerView
+
+pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels here")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _everything_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The compiled kernel takes sequences of any number of rows, on one thread unless a test says otherwise."""
+    monkeypatch.setattr(compiled, "SHORT_ROWS", 1 << 20)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_all_cases() -> None:
+    for spec_name, spec in SPECS.items():
+        for batch_name, lengths in BATCHES.items():
+            for dtype in DTYPES:
+                query, view, batch, sinks = filled(spec, lengths, dtype)
+                result = NativeKernel()(query, view, batch, spec, sinks)
+                expected = attend(query, view, batch, spec, sinks)
+                # One rounding of the result, and those of float32 sums on the way.
+                bound = expected.abs() * torch.finfo(dtype).eps / 2 + 1.5e-6
+                assert bool(((result.double() - expected).abs() <= bound).all()), (spec_name, batch_name, dtype)
+
+
+def test_rows_of_any_number_are_rounded_once() -> None:
+    check_all_cases()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+def test_every_instruction_set(
+    lanes: int, kernels_of_lanes: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = native.Kernels(kernels_of_lanes(lanes))
+    monkeypatch.setattr(compiled, "kernels", lambda: built)
+    check_all_cases()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 200])
+class TestBits:
+    """Results are the same to the last bit, whatever does not concern the sequence."""
+
+    LENGTHS = ((700, 1), (131, 1), (0, 1), (1400, 3), (127, 2))
+
+    def batch(
+        self, dtype: torch.dtype, window: int | None
+    ) -> tuple[AttentionSpec, torch.Tensor, LayerView, RaggedBatch]:
+        spec = AttentionSpec(6, 2, 64, 64, 0.125, window=window)
+        query, view, batch, _ = filled(spec, self.LENGTHS, dtype)
+        return spec, query, view, batch
+
+    @pytest.mark.parametrize("threads", [2, 3, 7])
+    def test_threads(self, threads: int, dtype: torch.dtype, window: int | None) -> None:
+        spec, query, view, batch = self.batch(dtype, window)
+        expected = NativeKernel()(query, view, batch, spec, None)
+        torch.set_num_threads(threads)
+        assert NativeKernel()(query, view, batch, spec, None).equal(expected)
+
+    @pytest.mark.parametrize("block_size", BLOCK_SIZES)
+    def test_blocks(self, block_size: int, dtype: torch.dtype, window: int | None) -> None:
+        spec, query, view, batch = self.batch(dtype, window)
+        paged = in_blocks(view, batch, spec, block_size)
+        expected = NativeKernel()(query, view, batch, spec, None)
+        assert PagedKernel()(query, paged, batch, spec, None).equal(expected)
+
+    def test_the_rest_of_the_batch(self, dtype: torch.dtype, window: int | None) -> None:
+        spec, query, view, batch = self.batch(dtype, window)
+        together = NativeKernel()(query, view, batch, spec, None)
+        for slot, first_row, num_rows, start in batch.spans:
+            for row in range(num_rows):
+                alone = RaggedBatch(batch.slots, batch.positions, ((slot, 0, 1, start + row),))
+                mine = slice(first_row + row, first_row + row + 1)
+                assert NativeKernel()(query[mine], view, alone, spec, None).equal(together[mine])
+
+
+def test_many_threads_share_a_long_sequence_exactly() -> None:
+    spec = AttentionSpec(8, 4, 64, 32, 0.125, softcap=20.0, has_sinks=True)
+    query, view, batch, sinks = filled(spec, [(3000, 1), (40, 1)], torch.float32)
+    torch.set_num_threads(4)
+    result = NativeKernel()(query, view, batch, spec, sinks)
+    assert (result.double() - attend(query, view, batch, spec, sinks)).abs().max() <= 1e-6
+
+
+def test_scores_may_be_huge() -> None:
+    spec = AttentionSpec(4, 2, 64, 64, 3000.0)
+    query, view, batch, _ = filled(spec, [(600, 1)], torch.float32)
+    view.keys[1, 333] = 9 * query[0, ::2]
+    query[0, 1::2] = query[0, ::2]
+    result = NativeKernel()(query, view, batch, spec, None)
+    torch.testing.assert_close(result[0], view.values[1, 333].repeat_interleave(2, 0))
+
+
+def test_nan_stays_with_its_sequence() -> None:
+    spec = SPECS["gqa"]
+    query, view, batch, _ = filled(spec, [(20, 1), (200, 1)], torch.float32)
+    view.keys[2, 7] = torch.nan
+    result = NativeKernel()(query, view, batch, spec, None)
+    assert result[0].isnan().all()
+    assert result[1].isfinite().all()
+
+
+def test_half_precision_keeps_small_and_large_numbers() -> None:
+    """One key, so that the result is its value: all float16 patterns but NaN."""
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = patterns[~patterns.isnan()].reshape(1, -1, 1, 2)
+    spec = AttentionSpec(1, 1, 2, 2, 1.0, window=1)
+    view = LayerView(torch.zeros_like(numbers), numbers)
+    rows = numbers.shape[1]
+    batch = RaggedBatch(torch.zeros(rows), torch.arange(rows), tuple((0, row, 1, row) for row in range(rows)))
+    query = torch.zeros(rows, 1, 2, dtype=torch.float16)
+    assert NativeKernel()(query, view, batch, spec, None)[:, 0].equal(numbers[0, :, 0])

@@ -1,0 +1,29 @@
+"""What the tests of several rooms share."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+
+from vattention import native
+
+
+@pytest.fixture(scope="session")
+def kernels_of_lanes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Builds the compiled kernels for vectors of at most so many float32, and no instructions beyond those."""
+
+    @cache
+    def build(lanes: int) -> Path:
+        library = tmp_path_factory.mktemp(f"lanes{lanes}") / f"_kernels{EXTENSION_SUFFIXES[0]}"
+        flags = [f"-DVATTENTION_LANES={lanes}", "-DVATTENTION_DOT=0", "-O1", "-fPIC", "-shared"]
+        warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+        sources = sorted(Path(native.__file__).parent.glob("*.c"))
+        subprocess.run(["cc", *flags, *warnings, *sources, "-o", library, "-lm"], check=True, timeout=200)
+        return library
+
+    return build
