@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -24,8 +24,10 @@ from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.engine.request import Request
 from vattention.kv.build import create_manager
-from vattention.model.runner import ModelRunner
 from vattention.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from vattention.model.runner import ModelRunner
 
 READ_EVERY = 16
 """Steps between two readings of the accounts, which cost as much as a step."""
@@ -78,7 +80,7 @@ def simulated_engine(
     parts = Parts(
         name=model.name,
         manager=manager.as_manager,
-        runner=cast(ModelRunner, device),  # the two methods an engine calls
+        runner=cast("ModelRunner", device),  # the two methods an engine calls
         tokenizer=None,
         vocab_size=VOCAB_SIZE,
         max_model_len=model.max_len,
