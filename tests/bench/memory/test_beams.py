@@ -11,7 +11,7 @@ from vattention.bench.memory.trace import ALPACA, draw_trace
 from vattention.config import EngineConfig
 from vattention.kv.build import create_manager
 
-KINDS = ["paged"]
+KINDS = ["paged", "virtual"]
 
 
 def saved(kind: str, width: int) -> float:
@@ -37,6 +37,10 @@ def test_wider_beams_save_more(kind: str) -> None:
     assert shares[0] == 0
     assert 0 < shares[1] < 1 / 2
     assert shares[1] < shares[2] < 3 / 4
+
+
+def test_pages_save_at_least_what_blocks_do() -> None:
+    assert saved("virtual", 4) >= saved("paged", 4)
 
 
 def test_the_best_candidates_go_on() -> None:

@@ -15,7 +15,7 @@ from vattention.core import Chunk
 @pytest.mark.parametrize(("scenario", "variant"), [(PAPER_SHAREGPT, GPU), (ON_HOST, HOST)])
 def test_almost_all_of_the_memory_holds_tokens(scenario: Scenario, variant: Variant) -> None:
     found = simulate(scenario, variant, seed=0, scale=0.3)
-    assert found.live_share >= 0.96
+    assert found.live_share >= found.held_share >= 0.96
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
@@ -39,10 +39,10 @@ def test_a_crowd_waits_for_memory() -> None:
     assert found.limit_share > 0.8
 
 
-def test_samples_share_their_prompt() -> None:
-    found = simulate(PAPER_SHAREGPT, PAGED, seed=0, n=2, scale=0.1)
-    assert 0.05 < found.saved_share < 0.5
-    assert simulate(PAPER_SHAREGPT, PAGED, seed=0, scale=0.1).saved_share == 0
+def test_samples_share_their_prompt_in_smaller_pieces_than_blocks() -> None:
+    virtual, paged = (simulate(PAPER_SHAREGPT, v, seed=0, n=2, scale=0.1).saved_share for v in (GPU, PAGED))
+    assert 0.05 < paged <= virtual < 0.5
+    assert simulate(PAPER_SHAREGPT, GPU, seed=0, scale=0.1).saved_share == 0
 
 
 def test_lengths_of_running_sequences_are_seen() -> None:

@@ -17,7 +17,13 @@ from vattention.bench.memory.shapes import (
     ModelShape,
 )
 from vattention.bench.memory.trace import ALPACA, SHAREGPT, Dataset, Trace, draw_trace
-from vattention.bench.memory.variants import ON_A_GPU, ON_A_HOST, Variant
+from vattention.bench.memory.variants import (
+    ON_A_GPU,
+    ON_A_HOST,
+    SHARING_ON_A_GPU,
+    SHARING_ON_A_HOST,
+    Variant,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +65,13 @@ PAPER_PREFIX = Scenario(LLAMA_13B, A100_40, SHAREGPT, 2, 500, ON_A_GPU)
 """Those of PagedAttention's paper; the last for its size alone (figure 16)."""
 
 ON_HOST = Scenario(GEMMA_3_270M, HOST, SHAREGPT, 4, 100, ON_A_HOST)
+
+SHARING = (
+    (PAPER_ALPACA, SHARING_ON_A_GPU),
+    (PAPER_SHAREGPT, SHARING_ON_A_GPU),
+    (ON_HOST, SHARING_ON_A_HOST),
+)
+"""Where sharing is measured, and whose."""
 
 SCENARIOS = (
     PAPER_SHAREGPT,

@@ -20,11 +20,19 @@ from vattention.bench.memory.pages import (
     worst_nbytes,
 )
 from vattention.bench.memory.prefix import live_speed_up, simulated_s, with_prefix_cache
-from vattention.bench.memory.scenarios import PAPER_ALPACA, PAPER_PREFIX, PAPER_SHAREGPT, SCENARIOS, Scenario
+from vattention.bench.memory.scenarios import (
+    ON_HOST,
+    PAPER_ALPACA,
+    PAPER_PREFIX,
+    PAPER_SHAREGPT,
+    SCENARIOS,
+    SHARING,
+    Scenario,
+)
 from vattention.bench.memory.shapes import LLAMA_3_8B, OPT_13B, YI_6B, YI_34B
 from vattention.bench.memory.simulate import running_lengths, simulate, simulated_engine
 from vattention.bench.memory.tables import Column, Table, count, hundredths, percent, tenths
-from vattention.bench.memory.variants import GPU, LIVE, SHARING, SHARING_ON_A_GPU, Variant
+from vattention.bench.memory.variants import GPU, LIVE, SHARING_ON_A_GPU, Variant
 
 WIDTHS = (2, 4, 6)
 """Samples, and beams, per request."""
@@ -207,12 +215,12 @@ def _saved(
         ),
         note=note,
     )
-    for scenario in (PAPER_ALPACA, PAPER_SHAREGPT):
-        for variant in SHARING:
-            figures = paper[scenario.dataset.name] if variant.paper else {}
+    for scenario, variants in SHARING:
+        for variant in variants:
+            figures = paper[scenario.dataset.name] if scenario is not ON_HOST and variant.paper else {}
             table.rows.append(
                 (
-                    scenario.dataset.name,
+                    f"{scenario.dataset.name}, {scenario.model.name}",
                     variant.name,
                     *(measure(scenario, variant, n) for n in WIDTHS),
                     *(figures.get(n) for n in WIDTHS),

@@ -47,8 +47,8 @@ ON_A_GPU = (GPU, GPU_PER_LAYER, PAGED)
 ON_A_HOST = (HOST, PAGED_HOST)
 """What a device's pages allow."""
 
-SHARING_ON_A_GPU = (PAGED,)
-SHARING = SHARING_ON_A_GPU
+SHARING_ON_A_GPU = (GPU, PAGED)
+SHARING_ON_A_HOST = (HOST, PAGED_HOST)
 """Those that can share memory between sequences."""
 
 LIVE = (HOST, virtual("4KiB", "sliced"), PAGED_HOST)
