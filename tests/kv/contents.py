@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from vattention.core import AttentionSpec
@@ -108,3 +109,33 @@ def check(
                 assert torch.equal(
                     values[slot, first : len(tokens), 0, dim] * sign, expected[first:] + layer / 8
                 ), f"layer {layer} of slot {slot}"
+
+
+def recount(cache: VirtualManager) -> None:
+    """What the cache says about its memory is what one finds by looking at every page."""
+    region, pool, groups = cache._backing.region, cache._pool, cache._layout.groups
+    size = region.page_nbytes
+    table = region.pages(np.arange(region.num_pages))
+    used, references = np.unique(table[table != 0], return_counts=True)
+    assert (pool.references(used) == references).all()
+    parts = [np.empty(0, np.int64)]
+    num_tokens_nbytes = 0
+    for slot in cache._table.slots:
+        for group, extent in zip(groups, slot.extents, strict=True):
+            row = region.pages(group.pages(slot.index, 0, cache.max_len))
+            there = region.pages(group.pages(slot.index, extent.first, extent.last))
+            assert (there != 0).all()
+            assert np.count_nonzero(row) == len(there)
+            if slot.live and slot.num_tokens > (first := group.first_needed(slot.start)):
+                parts.append(region.pages(group.pages(slot.index, first, slot.num_tokens)))
+                later = group.first_needed(max(slot.start, slot.num_tokens - 1))
+                num_tokens_nbytes += (slot.num_tokens - later) * group.token_nbytes
+    needed = np.concatenate(parts)
+    distinct = len(np.unique(needed))
+    accounts = cache.accounts()
+    assert accounts.mapped_nbytes == len(used) * size
+    assert accounts.live_nbytes == distinct * size
+    assert accounts.shared_nbytes == (len(needed) - distinct) * size
+    assert accounts.token_nbytes == num_tokens_nbytes
+    assert accounts.warm_nbytes == accounts.mapped_nbytes - accounts.live_nbytes + pool.idle_nbytes
+    assert accounts.mapped_nbytes <= accounts.limit_nbytes + cache.excess_nbytes

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.kv.contents import FULL, MAX_LEN, PAGE, SPECS, check, sharing_manager, write
+from tests.kv.contents import FULL, MAX_LEN, PAGE, SPECS, check, recount, sharing_manager, write
 from vattention.errors import OutOfMemoryError
 from vattention.kv.prefix_cache import MIN_SHARED_TOKENS
 
@@ -193,27 +192,8 @@ class SharingMachine(RuleBasedStateMachine):
     @invariant()
     def accounts_are_a_recount(self) -> None:
         cache = self.cache
-        region, pool, groups = cache._backing.region, cache._pool, cache._layout.groups
-        table = region.pages(np.arange(region.num_pages))
-        used, references = np.unique(table[table != 0], return_counts=True)
-        assert (pool.references(used) == references).all()
-        behind = []
-        for slot in cache._table.slots:
-            for group, extent in zip(groups, slot.extents, strict=True):
-                row = region.pages(group.pages(slot.index, 0, cache.max_len))
-                there = region.pages(group.pages(slot.index, extent.first, extent.last))
-                assert (there != 0).all()
-                assert np.count_nonzero(row) == len(there)
-                if slot.live and slot.num_tokens > (first := group.first_needed(slot.start)):
-                    behind.append(region.pages(group.pages(slot.index, first, slot.num_tokens)))
-        needed = np.concatenate([np.empty(0, np.int64), *behind])
+        recount(cache)
         accounts = cache.accounts()
-        assert accounts.mapped_nbytes == len(used) * PAGE
-        assert accounts.live_nbytes == len(np.unique(needed)) * PAGE
-        assert accounts.shared_nbytes == (len(needed) - len(np.unique(needed))) * PAGE
-        assert accounts.live_nbytes + accounts.warm_nbytes == accounts.mapped_nbytes
-        assert accounts.token_nbytes <= accounts.live_nbytes + accounts.shared_nbytes
-        assert accounts.mapped_nbytes <= accounts.limit_nbytes + cache.excess_nbytes
         assert cache.excess_nbytes == 0 or accounts.warm_nbytes == 0
         assert cache.has_room(1) <= (accounts.live_nbytes < accounts.limit_nbytes)
 

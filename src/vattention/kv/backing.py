@@ -51,7 +51,9 @@ class Backing:
         self.region = Region(driver, pool, layout.nbytes)
         device = driver.capabilities.device
         self.memory = as_tensor(self.region.address, layout.nbytes, device=device, owner=self.region)
-        self._pages = self.memory.view(-1, layout.page_nbytes)
+        # Wide elements: torch splits work among threads by their number, and a few pages are not worth waking any.
+        wide = torch.int64 if layout.page_nbytes % 8 == 0 else torch.uint8
+        self._pages = self.memory.view(-1, layout.page_nbytes).view(wide)
         self.version = 0
         """Changes whenever the pages of a slot do other than by growing."""
         self._addressable = driver.capabilities.addressable
@@ -229,11 +231,11 @@ class Backing:
         return shared
 
     def _read(self, indices: IntArray) -> torch.Tensor:
-        """A copy of the pages [n, page_nbytes] of uint8; of none where there is no memory to read."""
-        return self._pages[self._on_device(indices)]
+        """A copy of the pages [n, numbers]; of none where there is no memory to read."""
+        return self._pages.index_select(0, self._on_device(indices))
 
     def _write(self, indices: IntArray, content: torch.Tensor) -> None:
-        self._pages[self._on_device(indices)] = content
+        self._pages.index_copy_(0, self._on_device(indices), content)
 
     def _on_device(self, indices: IntArray) -> torch.Tensor:
         return torch.from_numpy(indices if self._addressable else _NONE).to(self._pages.device)

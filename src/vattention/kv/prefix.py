@@ -94,15 +94,16 @@ class PrefixTree:
             if common < child.depth:
                 break
             node = child
-        deeper: set[int] = set()
+        below = None
         for node, common in reversed(path):
-            if common == node.depth:
-                for row in node.ends:
-                    yield row, common
-            for row in node.rows:
-                if row not in deeper and not (common == node.depth and row in node.ends):
-                    yield row, common
-            deeper = node.rows
+            if common < node.depth:
+                yield from ((row, common) for row in node.rows)
+            else:
+                yield from ((row, common) for row in node.ends)
+                for child in node.children.values():
+                    if child is not below:
+                        yield from ((row, common) for row in child.rows)
+            below = node
 
 
 def common_length(left: Tokens, right: Tokens) -> int:
