@@ -209,4 +209,4 @@ class SharingMachine(RuleBasedStateMachine):
 
 
 TestSharingMachine = SharingMachine.TestCase
-TestSharingMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestSharingMachine.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
