@@ -34,6 +34,8 @@ def test_what_swap_space_cannot_be(text: str) -> None:
     ("options", "message"),
     [
         ({"kv": "other"}, "there are 'virtual', 'paged'"),
+        ({"reservation": "half"}, "there are 'max', 'pow2', 'oracle'"),
+        ({"kv": "reserved", "enable_prefix_caching": True}, "memory that can be shared"),
         ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
         ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
     ],

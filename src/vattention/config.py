@@ -67,12 +67,14 @@ class EngineConfig:
         max_queue: most requests waiting beside those running; the server answers 429 beyond it.
         enable_prefix_caching: share the pages of common prefixes.
         kv: the KV cache's memory manager: "virtual" maps pages behind contiguous rows as tokens arrive, "paged" is
-            PagedAttention with its blocks and block tables.
+            PagedAttention with its blocks and block tables, "reserved" takes a sequence's whole memory at once.
         kv_memory: most physical memory for the KV cache, such as "4GiB"; by default what this machine has to
             spare, read again every second.
         kv_layout: "per-layer" rows for each layer's K and V, or "sliced" with a token's whole K and V together.
         page_size: bytes of a page; by default the system's smallest.
         block_size: tokens of a block, with kv="paged".
+        reservation: tokens that kv="reserved" takes for a sequence: the longest there can be ("max"), the prompt's
+            and a power of two for the output ("pow2"), or as many as it may become ("oracle").
         swap_space: keep preempted sequences here where that is quicker than computing them again: a size of memory
             such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default.
         attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
@@ -89,11 +91,12 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     max_queue: int = 1024
     enable_prefix_caching: bool = False
-    kv: Literal["virtual", "paged"] = "virtual"
+    kv: Literal["virtual", "paged", "reserved"] = "virtual"
     kv_memory: str | int | None = None
     kv_layout: Literal["per-layer", "sliced"] = "per-layer"
     page_size: str | int | None = None
     block_size: int = 16
+    reservation: Literal["max", "pow2", "oracle"] = "max"
     swap_space: str | int | None = None
     attention: str = "auto"
     seed: int = 0
@@ -106,11 +109,17 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ConfigError(f"max_model_len must be at least 1, not {self.max_model_len}")
-        managers = get_args(get_type_hints(EngineConfig)["kv"])
-        if self.kv not in managers:
-            raise ConfigError(f"kv={self.kv!r} is not known; there are {', '.join(map(repr, managers))}")
+        hints = get_type_hints(EngineConfig)
+        for name in ("kv", "reservation"):
+            value, known = getattr(self, name), get_args(hints[name])
+            if value not in known:
+                raise ConfigError(f"{name}={value!r} is not known; there are {', '.join(map(repr, known))}")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size must be 1 to {MAX_BLOCK_SIZE} tokens, not {self.block_size}")
+        if self.enable_prefix_caching and self.kv == "reserved":
+            raise ConfigError(
+                "enable_prefix_caching=True needs memory that can be shared, which kv='reserved' has not"
+            )
         for name in ("kv_memory", "page_size"):
             if getattr(self, name) is not None:
                 parse_nbytes(getattr(self, name))

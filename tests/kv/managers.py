@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from vattention.core import AttentionSpec
 from vattention.kv.block_memory import plan_blocks
+from vattention.kv.layout import Layout, plan
 from vattention.kv.manager import CacheView, KVManager, LayerView
 from vattention.kv.paged import PagedManager
+from vattention.kv.reserved import ReservedManager
+from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
 
@@ -46,6 +50,54 @@ def paged(
         limit_nbytes=limit_nbytes,
         prefix_caching=caching,
     )
+
+
+def rowwise(driver: Driver, sliced: bool, num_rows: int = NUM_SLOTS) -> Layout:
+    """Contiguous rows for `SPECS`."""
+    return plan(
+        SPECS, item_nbytes=4, num_slots=num_rows, max_len=MAX_LEN, page_nbytes=driver.page_nbytes, sliced=sliced
+    )
+
+
+def virtual(driver: Driver, sliced: bool, limit_nbytes: int, *, caching: bool = False) -> KVManager:
+    return VirtualManager(
+        driver,
+        rowwise(driver, sliced, 2 * NUM_SLOTS if caching else NUM_SLOTS),
+        dtype=torch.float32,
+        limit_nbytes=limit_nbytes,
+        num_slots=NUM_SLOTS,
+        prefix_cache=caching,
+        background=False,
+    )
+
+
+def reserved(
+    driver: Driver | None = None,
+    sliced: bool = False,
+    limit_nbytes: int | None = 200 * PAGE,
+    *,
+    reservation: str = "max",
+) -> ReservedManager:
+    driver = driver or open_driver("cpu", PAGE)
+    return ReservedManager(
+        driver,
+        rowwise(driver, sliced),
+        dtype=torch.float32,
+        limit_nbytes=limit_nbytes,
+        reservation=reservation,
+    )
+
+
+MANAGERS: dict[str, Callable[[Driver, bool, int], KVManager]] = {
+    "virtual": virtual,
+    "virtual-cache": partial(virtual, caching=True),
+    "paged": lambda driver, sliced, limit: paged(driver, sliced=sliced, limit_nbytes=limit),
+    "paged-cache": lambda driver, sliced, limit: paged(driver, sliced=sliced, limit_nbytes=limit, caching=True),
+    "reserved-max": reserved,
+    "reserved-pow2": partial(reserved, reservation="pow2"),
+    "reserved-oracle": partial(reserved, reservation="oracle"),
+}
+"""Every manager there is, from a driver, whether its layout is sliced, and a limit."""
 
 
 def meaning(token_ids: Sequence[int], salt: str = "") -> list[float]:

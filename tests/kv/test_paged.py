@@ -182,16 +182,16 @@ class PagedMachine(RuleBasedStateMachine):
             assert {block: key for key, block in pool._block_of.items()} == pool._key_of
             assert pool._idle.keys() <= pool._key_of.keys() <= pool._idle.keys() | count.keys()
             with_memory = np.flatnonzero(pool.with_memory())
-            needed = set()
+            needed, mapped = set(), set()
             for plane in group.layers.planes:
                 width = self.block_size * plane.token_nbytes
                 for block in with_memory.tolist():
                     first, last = block * width // page, -(-(block + 1) * width // page)
                     needed |= {plane.offset_nbytes // page + i for i in range(first, last)}
-            first = group.layers.planes[0].offset_nbytes // page
-            last = (group.layers.planes[-1].offset_nbytes + group.layers.planes[-1].row_nbytes) // page
-            mapped = self.cache._region._table.values[first:last].nonzero()[0] + first
-            assert set(mapped.tolist()) == needed
+                first = plane.offset_nbytes // page
+                ever = np.arange(first, first + pool.num_used * width // page + 2)
+                mapped |= set(ever[self.cache._region.pages(ever) != 0].tolist())
+            assert mapped == needed
 
     @invariant()
     def accounts_add_up(self) -> None:

@@ -216,7 +216,7 @@ def test_worthless_memory_goes_before_cached_and_that_by_last_use(cache: Virtual
     cache.set_limit(accounts.mapped_nbytes - PAGE)
     assert not cache._table.warm()
     assert [len(slot.tokens) for slot in cache._table.parked()] == [42, 42, 42]
-    cache.set_limit(cache.accounts().mapped_nbytes - PAGE)
+    cache.set_limit(cache._pool.in_use_nbytes - PAGE)
     first, *others = cache._table.parked()
     assert first.tokens[0] == 1
     assert 16 <= len(first.tokens) < 42

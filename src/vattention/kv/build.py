@@ -14,6 +14,7 @@ from vattention.kv.block_memory import plan_blocks
 from vattention.kv.layout import MAX_TOKENS, Layout, plan
 from vattention.kv.manager import KVManager
 from vattention.kv.paged import PagedManager
+from vattention.kv.reserved import ReservedManager
 from vattention.kv.swap import SwapSpace, file_space, memory_space
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
@@ -45,14 +46,7 @@ def create_manager(
 def _virtual(
     driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
 ) -> KVManager:
-    place = partial(
-        plan,
-        specs,
-        item_nbytes=dtype.itemsize,
-        max_len=max_len,
-        page_nbytes=driver.page_nbytes,
-        sliced=config.kv_layout == "sliced",
-    )
+    place = _rows(driver, config, specs, dtype, max_len)
     layout = place(num_slots=config.max_num_seqs)
     if config.enable_prefix_caching:
         layout = place(num_slots=_num_rows(layout))
@@ -63,6 +57,27 @@ def _virtual(
         limit_nbytes=_limit(config),
         num_slots=config.max_num_seqs,
         prefix_cache=config.enable_prefix_caching,
+    )
+
+
+def _reserved(
+    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
+) -> KVManager:
+    layout = _rows(driver, config, specs, dtype, max_len)(num_slots=config.max_num_seqs)
+    return ReservedManager(driver, layout, dtype=dtype, limit_nbytes=_limit(config), reservation=config.reservation)
+
+
+def _rows(
+    driver: Driver, config: EngineConfig, specs: Sequence[AttentionSpec], dtype: torch.dtype, max_len: int
+) -> Callable[..., Layout]:
+    """Lays out a cache of contiguous rows, given their number as `num_slots`."""
+    return partial(
+        plan,
+        specs,
+        item_nbytes=dtype.itemsize,
+        max_len=max_len,
+        page_nbytes=driver.page_nbytes,
+        sliced=config.kv_layout == "sliced",
     )
 
 
@@ -102,7 +117,7 @@ def _limit(config: EngineConfig) -> int | None:
 
 _Constructor = Callable[[Driver, EngineConfig, Sequence[AttentionSpec], torch.dtype, int], KVManager]
 
-_MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged}
+_MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged, "reserved": _reserved}
 """By `EngineConfig.kv`."""
 
 

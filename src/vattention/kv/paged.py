@@ -308,8 +308,9 @@ class PagedManager:
             mapped = self._pages.in_use_nbytes + self._pages.idle_nbytes
             tokens = 0
             for sequence in self._running():
-                for group in self._groups:
+                for group, held in zip(self._groups, sequence.held, strict=True):
                     first = group.layers.first_needed(max(sequence.num_tokens - 1, 0))
+                    first = max(first, held.first * self._block_size)
                     tokens += max(sequence.num_tokens - first, 0) * group.layers.token_nbytes
             return Accounts(
                 reserved_nbytes=self._region.nbytes,

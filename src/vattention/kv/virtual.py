@@ -137,7 +137,8 @@ class VirtualManager:
                 written = 0
             if written < record.shared:
                 self._reclaimer.provide(lambda: self._backing.own(record, written), (record,))
-            self._reclaimer.provide(lambda: self._backing.grow(record, start, end), (record,))
+            # Its own memory behind the window counts as well: alone, a sequence has nobody else's.
+            self._reclaimer.provide(lambda: self._backing.grow(record, start, end))
             record.num_tokens = end
 
     def prefetch(self, wants: Sequence[tuple[int, int, int]]) -> None:
@@ -209,14 +210,14 @@ class VirtualManager:
         with self._lock:
             size = self._layout.page_nbytes
             needs = self._census.needs(self._table.live())
-            live, mapped = needs.num_pages * size, self._pool.in_use_nbytes
+            live, mapped = needs.num_pages * size, self._pool.in_use_nbytes + self._pool.idle_nbytes
             return Accounts(
                 reserved_nbytes=self._layout.nbytes,
                 limit_nbytes=self._pool.limit_nbytes,
                 mapped_nbytes=mapped,
                 live_nbytes=live,
                 token_nbytes=needs.token_nbytes,
-                warm_nbytes=mapped - live + self._pool.idle_nbytes,
+                warm_nbytes=mapped - live,
                 shared_nbytes=needs.num_saved * size,
             )
 
