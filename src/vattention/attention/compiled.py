@@ -12,6 +12,9 @@ from vattention.core import AttentionSpec
 from vattention.kv.manager import LayerView, PagedLayerView
 from vattention.native import AttentionCache, AttentionHeads, Kernels, kernels
 
+STRIP_KEYS = 128
+"""Keys whose softmax is taken at a time, and the least that a thread computes; attend.c takes no more."""
+
 SHORT_ROWS = 1
 """Most query rows of a sequence that the compiled kernel takes; matrix products are faster with more."""
 
@@ -21,10 +24,16 @@ class NativeKernel:
 
     Keys and values are read once for all query heads that share them. All threads take equal shares of the whole
     batch's keys, however the sequences' lengths differ.
+
+    Args:
+        strip_keys: a multiple of 16, at most `STRIP_KEYS`.
     """
 
     name = "native"
     reads = LayerView
+
+    def __init__(self, strip_keys: int = STRIP_KEYS) -> None:
+        self._strip_keys = strip_keys
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         return unsupported(dtype, device)
@@ -40,7 +49,8 @@ class NativeKernel:
         parts = batch.parts(SHORT_ROWS)
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
-            attend_short(query, AttentionCache(view.keys, view.values, None), parts.short, spec, sinks, output)
+            cache = AttentionCache(view.keys, view.values, None)
+            attend_short(query, cache, parts.short, _heads(spec, self._strip_keys), sinks, output)
         for span in parts.long:
             attend_long(query, view, span, spec, sinks, output)
         return output
@@ -54,6 +64,9 @@ class PagedKernel:
 
     name = "paged"
     reads = PagedLayerView
+
+    def __init__(self, strip_keys: int = STRIP_KEYS) -> None:
+        self._strip_keys = strip_keys
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         return unsupported(dtype, device)
@@ -70,7 +83,7 @@ class PagedKernel:
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
             cache = AttentionCache(view.keys, view.values, view.tables)
-            attend_short(query, cache, parts.short, spec, sinks, output)
+            attend_short(query, cache, parts.short, _heads(spec, self._strip_keys), sinks, output)
         for span in parts.long:
             attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
         return output
@@ -92,7 +105,7 @@ def attend_short(
     query: torch.Tensor,
     cache: AttentionCache,
     spans: torch.Tensor,
-    spec: AttentionSpec,
+    heads: AttentionHeads,
     sinks: torch.Tensor | None,
     output: torch.Tensor,
 ) -> None:
@@ -103,19 +116,20 @@ def attend_short(
     rows = query if query.stride(-1) == 1 else query.contiguous()
     logits = None if sinks is None else sinks.float().contiguous()
     precise = output.float() if output.dtype == torch.float16 else output
-    compiled.attend(_heads(spec), cache, rows, spans, logits, precise)
+    compiled.attend(heads, cache, rows, spans, logits, precise)
     if precise is not output:
         output.copy_(precise)
 
 
 @lru_cache(maxsize=256)
-def _heads(spec: AttentionSpec) -> AttentionHeads:
+def _heads(spec: AttentionSpec, strip_keys: int) -> AttentionHeads:
     return AttentionHeads(
         spec.num_heads,
         spec.num_kv_heads,
         spec.key_dim,
         spec.value_dim,
         spec.window or 0,
+        strip_keys,
         spec.scale,
         spec.softcap or 0.0,
     )

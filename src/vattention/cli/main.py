@@ -29,6 +29,7 @@ def create_app() -> App:
         (app, "generate:generate", "Complete prompts, and write one line of JSON for each."),
         (app, "chat:chat", "Chat with a model in the terminal."),
         (app, "info:info", "Show what this machine can do."),
+        (app, "numerics:numerics", "Measure how exact this machine's attention kernels are."),
         (bench, "bench:throughput", "Measure offline throughput: all requests at once."),
         (bench, "bench:memory", "Compare memory managers: what share of the KV cache holds tokens."),
     ):

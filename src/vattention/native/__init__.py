@@ -50,6 +50,7 @@ class AttentionHeads(ctypes.Structure):
         ("key_dim", c_int64),
         ("value_dim", c_int64),
         ("window", c_int64),
+        ("strip", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
     )

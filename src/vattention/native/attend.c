@@ -1,6 +1,6 @@
 /* Attention of few query rows per sequence over a KV cache, contiguous or in blocks, for a whole ragged batch.
  *
- * The keys of a sequence are cut into strips, at multiples of STRIP. Each strip is a softmax of its own: its largest
+ * The keys of a sequence are cut into strips of the same size, at its multiples. Each strip is a softmax of its own: its largest
  * score, its sum of weights and its weighted values. Strips are folded together in the order of their keys, by the
  * online softmax of M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax" (2018); threads share
  * the strips of a long sequence as in T. Dao et al., "Flash-Decoding for long-context inference" (2023). Since
@@ -30,6 +30,7 @@
 #define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
 #endif
 
+/* Most keys in a strip. */
 enum { STRIP = 128 };
 /* Numbers of a head are padded with zeros to a multiple of this, two of the widest vectors. */
 enum { PAD = 32 };
@@ -41,6 +42,7 @@ enum { ALONE = 1 << 15 };
 typedef struct {
     int64_t num_heads, num_kv_heads, key_dim, value_dim;
     int64_t window; /* or 0 */
+    int64_t strip;  /* keys in a strip: a multiple of 16, at most STRIP */
     float scale;
     float softcap; /* or 0 */
 } vattention_heads;
@@ -286,9 +288,9 @@ static void work(void *argument) {
         args.num_rows = sp->num_rows;
         args.start = sp->start;
         for (int64_t strip = from; strip < until; strip++) {
-            args.base = (p->first_strip + strip) * STRIP;
+            args.base = (p->first_strip + strip) * heads->strip;
             args.low = first > args.base ? first - args.base : 0;
-            args.high = end - args.base < STRIP ? end - args.base : STRIP;
+            args.high = end - args.base < heads->strip ? end - args.base : heads->strip;
             locate(j, sp->slot, &args);
             if (from == 0) {
                 const state part = state_at(j, own + j->state_floats, sp->num_rows);
@@ -345,7 +347,7 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
         const span *sp = &j.spans[i];
         const int64_t first = first_key(heads, sp->start), end = sp->start + sp->num_rows;
         most_rows = most_rows > sp->num_rows ? most_rows : sp->num_rows;
-        num_strips += (end - 1) / STRIP - first / STRIP + 1;
+        num_strips += (end - 1) / heads->strip - first / heads->strip + 1;
         num_keys += end - first;
     }
     const int64_t numbers = num_keys * heads->num_kv_heads * (heads->key_dim + heads->value_dim);
@@ -369,8 +371,8 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
     for (int64_t i = 0; i < num_spans; i++) {
         const span *sp = &j.spans[i];
         plan *p = &j.plans[i];
-        p->first_strip = first_key(heads, sp->start) / STRIP;
-        p->num_strips = (sp->start + sp->num_rows - 1) / STRIP - p->first_strip + 1;
+        p->first_strip = first_key(heads, sp->start) / heads->strip;
+        p->num_strips = (sp->start + sp->num_rows - 1) / heads->strip - p->first_strip + 1;
         p->first_item = j.num_items;
         p->num_items = p->unfinished = (p->num_strips + j.strips_each - 1) / j.strips_each;
         p->first_state = next_state;
