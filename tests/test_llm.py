@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.model.tiny import tiny_folder
-from vattention import LLM, CompletionOutput, RequestOutput, SamplingParams
+from vattention import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
 from vattention.errors import ConfigError, ContextLengthError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -74,6 +74,47 @@ def test_samples_are_reproduced_by_seed_and_differ_without(llm: LLM) -> None:
     first, second = (llm.generate("hello", seeded, use_tqdm=False)[0] for _ in range(2))
     assert [s.token_ids for s in first.outputs] == [s.token_ids for s in second.outputs]
     assert len({tuple(s.token_ids) for s in first.outputs}) == 3
+
+
+def test_beam_search_is_shaped_as_vllms(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    prompts: list[Any] = ["hello", {"prompt_token_ids": tokenizer.encode("the lazy dog")}]
+    params = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    by_text, by_tokens = llm.beam_search(prompts, params)
+    for output, prompt in ((by_text, "hello"), (by_tokens, "the lazy dog")):
+        assert len(output.sequences) == 3
+        scores = [beam.cum_logprob for beam in output.sequences]
+        assert scores == sorted(scores, reverse=True)
+        for beam in output.sequences:
+            assert beam.tokens[:-6] == tokenizer.encode(prompt)
+            assert beam.text == tokenizer.decode(beam.tokens)
+            assert [len(entry) for entry in beam.logprobs] == [6] * 6
+            taken = zip(beam.tokens[-6:], beam.logprobs, strict=True)
+            assert beam.cum_logprob == pytest.approx(sum(entry[token].logprob for token, entry in taken))
+            assert (beam.finish_reason, beam.stop_reason) == ("length", None)
+    (greedy,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    (narrow,) = llm.beam_search("hello", BeamSearchParams(beam_width=1, max_tokens=6, ignore_eos=True))
+    assert narrow.sequences[0].tokens == greedy.prompt_token_ids + greedy.outputs[0].token_ids
+
+
+def test_a_stop_string_ends_a_beam(llm: LLM) -> None:
+    free = SamplingParams(n=3, use_beam_search=True, max_tokens=8, ignore_eos=True)
+    (unstopped,) = llm.generate("hello", free, use_tqdm=False)
+    stop = unstopped.outputs[0].text[2:4]
+    params = SamplingParams(n=3, use_beam_search=True, max_tokens=8, ignore_eos=True, stop=stop, length_penalty=0)
+    (output,) = llm.generate("hello", params, use_tqdm=False)
+    stopped = [sample for sample in output.outputs if sample.finish_reason == "stop"]
+    assert stopped
+    for sample in stopped:
+        assert sample.stop_reason == stop
+        assert stop not in sample.text
+        assert stop in llm.get_tokenizer().decode([*output.prompt_token_ids, *sample.token_ids])
+
+
+def test_more_beams_than_slots_stop_the_call_before_anything_runs(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="max_num_seqs"):
+        llm.beam_search(["a", "b"], BeamSearchParams(beam_width=5, max_tokens=4))
+    assert not llm.engine.has_unfinished_requests()
 
 
 def test_an_invalid_prompt_stops_the_call_before_anything_runs(llm: LLM) -> None:

@@ -9,14 +9,17 @@ if TYPE_CHECKING:
     from vattention.config import EngineConfig
     from vattention.engine.async_engine import AsyncEngine
     from vattention.llm import LLM
-    from vattention.outputs import CompletionOutput, RequestOutput
-    from vattention.sampling_params import SamplingParams
+    from vattention.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
+    from vattention.sampling_params import BeamSearchParams, SamplingParams
     from vattention.virtual_cache import VirtualCache
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncEngine": "vattention.engine.async_engine",
+    "BeamSearchOutput": "vattention.outputs",
+    "BeamSearchParams": "vattention.sampling_params",
+    "BeamSearchSequence": "vattention.outputs",
     "CompletionOutput": "vattention.outputs",
     "EngineConfig": "vattention.config",
     "LLM": "vattention.llm",
@@ -28,6 +31,9 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "EngineConfig",
     "RequestOutput",

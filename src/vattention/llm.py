@@ -17,8 +17,8 @@ from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
 from vattention.errors import ConfigError, RequestError
 from vattention.model.tokenizer import Tokenizer
-from vattention.outputs import RequestOutput
-from vattention.sampling_params import SamplingParams
+from vattention.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from vattention.sampling_params import BeamSearchParams, SamplingParams
 
 _OPTIONS = {field.name for field in dataclasses.fields(EngineConfig)}
 
@@ -132,6 +132,45 @@ class LLM:
             for conversation in many
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """Search for each prompt's `beam_width` likeliest continuations; beams share the memory of what they share.
+
+        `generate` does the same with `SamplingParams(use_beam_search=True, beam_width=...)`, and does not raise for
+        a search that failed.
+
+        Returns:
+            One output per prompt, in the order of the prompts, with its sequences best first.
+
+        Raises:
+            RequestError: a prompt or a parameter is invalid; nothing was computed.
+            Exception: whatever a search failed of, such as too little memory.
+        """
+        outputs = self.generate(prompts, params.sampling(), use_tqdm=use_tqdm)
+        failed = next((output.error for output in outputs if output.error is not None), None)
+        if failed is not None:
+            raise failed
+        return [self._found(output) for output in outputs]
+
+    def _found(self, output: RequestOutput) -> BeamSearchOutput:
+        prompt, tokenizer = output.prompt, self.engine.tokenizer
+        if prompt is None and tokenizer is not None:
+            prompt = tokenizer.decode(output.prompt_token_ids)
+        return BeamSearchOutput(
+            [
+                BeamSearchSequence(
+                    tokens=[*output.prompt_token_ids, *sample.token_ids],
+                    logprobs=sample.logprobs or [],
+                    cum_logprob=sample.cumulative_logprob or 0.0,
+                    text=None if prompt is None or tokenizer is None else prompt + sample.text,
+                    finish_reason=sample.finish_reason,
+                    stop_reason=sample.stop_reason,
+                )
+                for sample in output.outputs
+            ]
+        )
 
     def suspend(self, conversation: RequestOutput | str, path: str | Path, *, cache_salt: str = "") -> None:
         """Write a conversation to a file, from which this or another process with the same model can `resume` it.

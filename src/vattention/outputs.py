@@ -24,13 +24,14 @@ TokenLogprobs = dict[int, Logprob]
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of a request's n samples.
+    """One of a request's n samples, or of the sequences that its beam search found.
 
     Attributes:
-        index: 0 to n - 1.
+        index: 0 to n - 1; of beams, and of the best of more samples than n, the best is 0.
         text: all text so far, without the stop string unless it was asked for.
         token_ids: all tokens so far, with the end token.
-        cumulative_logprob: sum of the chosen tokens' logprobs; None unless logprobs were asked for.
+        cumulative_logprob: sum of the chosen tokens' logprobs; None unless logprobs were asked for, or outputs are
+            ranked by it.
         logprobs: one entry per token; None unless asked for.
         finish_reason: "stop", "length", "abort", "error", or None while running.
         stop_reason: the stop string or stop token id that ended it; None for the end token and other reasons.
@@ -79,3 +80,30 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     error: Exception | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One sequence that `LLM.beam_search` found.
+
+    Attributes:
+        tokens: of the prompt and what came after it, with the end token.
+        logprobs: one entry per generated token.
+        cum_logprob: sum of the generated tokens' log probabilities.
+        text: the prompt's and what came after it.
+        finish_reason, stop_reason: as in `CompletionOutput`.
+    """
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """What `LLM.beam_search` found for one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

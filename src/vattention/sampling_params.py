@@ -1,9 +1,10 @@
-"""How the tokens of one request are chosen: vLLM's `SamplingParams`, checked on construction. A leaf."""
+"""How the tokens of one request are chosen: vLLM's `SamplingParams` and `BeamSearchParams`. A leaf."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vattention.errors import RequestError
 
@@ -19,7 +20,7 @@ class SamplingParams:
     """Sampling parameters with vLLM's names, meanings and defaults.
 
     Attributes:
-        n: samples per prompt.
+        n: samples per prompt, or sequences that a beam search returns.
         temperature: 0 for greedy decoding.
         top_p: sample from the smallest set of tokens whose probabilities sum to at least this; 1 for all.
         top_k: sample from this many likeliest tokens; 0 or -1 for all.
@@ -38,6 +39,16 @@ class SamplingParams:
         logprobs: alternatives to report per generated token; 0 reports the chosen one only, None nothing.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
+        best_of: samples to draw, of which the n with the highest cumulative log probability are returned; `n` by
+            default. In a beam search another name for `beam_width`, as in older versions of vLLM.
+        use_beam_search: search for likely sequences instead of drawing. temperature, top_p, top_k, min_p and seed
+            then change nothing; min_tokens, logit_bias and penalties shape the probabilities that are searched.
+        beam_width: sequences that a beam search follows at a time; `best_of`, or else `n`, by default.
+        length_penalty: beams are ranked by cumulative log probability / length ** length_penalty, where the length
+            counts the prompt but not the end token. Above 1 it favours longer sequences, below 1 shorter ones.
+        early_stopping: when a beam search ends, once `beam_width` sequences have. "never": when no beam can become
+            better than those any more, so that the result is the same as at max_tokens; True: at once; False: when
+            no beam is better than those at its present length.
 
     Raises:
         RequestError: a value is out of range; `param` names it.
@@ -62,6 +73,11 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    best_of: int | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = "never"
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -91,6 +107,19 @@ class SamplingParams:
             all(k >= 0 and -100.0 <= v <= 100.0 for k, v in self.logit_bias.items()),
             "token ids with numbers in [-100, 100]",
         )
+        for name, count in (("best_of", self.best_of), ("beam_width", self.beam_width)):
+            self._check(name, count is None or count >= self.n, f"at least n, which is {self.n}")
+        self._check("beam_width", self.use_beam_search or self.beam_width is None, "None without use_beam_search")
+        self._check(
+            "beam_width",
+            self.num_sequences == (self.best_of or self.num_sequences),
+            "the same as best_of where both are set",
+        )
+        self._check("length_penalty", abs(self.length_penalty) <= 50.0, "in [-50, 50]")
+        self._check(
+            "length_penalty", self.use_beam_search or self.length_penalty == 1.0, "1 without use_beam_search"
+        )
+        self._check("early_stopping", self.early_stopping in (True, False, "never"), 'True, False or "never"')
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -101,6 +130,59 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences that run for each prompt: samples drawn, or beams."""
+        return self.beam_width or self.best_of or self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to find per token: `logprobs`, or none but the chosen one where samples are ranked by it."""
+        return 0 if self.logprobs is None and self.num_sequences > self.n else self.logprobs
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop`, always as a tuple."""
         return tuple(self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchParams:
+    """What `LLM.beam_search` takes, with vLLM's names, meanings and defaults.
+
+    Attributes:
+        beam_width: sequences that the search follows at a time, and returns.
+        max_tokens: most tokens to generate.
+        ignore_eos: go on past the model's end tokens.
+        temperature: changes nothing: a beam search draws no tokens.
+        length_penalty: as in `SamplingParams`.
+        include_stop_str_in_output: keep the end token's text.
+
+    Raises:
+        RequestError: a value is out of range; `param` names it.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.beam_width < 1:
+            raise RequestError(f"beam_width must be at least 1, not {self.beam_width}", param="beam_width")
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        """The same as parameters of an ordinary request; log probabilities come with it."""
+        return SamplingParams(
+            n=self.beam_width,
+            use_beam_search=True,
+            beam_width=self.beam_width,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            logprobs=min(2 * self.beam_width, MAX_LOGPROBS),
+        )

@@ -76,11 +76,14 @@ class FakeRunner:
             context = read_tokens(everything, chunk.slot, 0, chunk.end)
             seen = max(0, chunk.start - WINDOW + 1)
             assert read_tokens(windowed, chunk.slot, seen, chunk.end) == context[seen:]
-            for position in range(chunk.end - chunk.num_logits, chunk.end):
-                row = torch.zeros(VOCAB)
-                row[next_token(context[: position + 1])] = 9.0
-                rows.append(row)
+            rows += [self.logits(context[:end]) for end in range(chunk.end - chunk.num_logits + 1, chunk.end + 1)]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+
+    def logits(self, context: Sequence[int]) -> torch.Tensor:
+        """[VOCAB], the next token's."""
+        row = torch.zeros(VOCAB)
+        row[next_token(context)] = 9.0
+        return row
 
     def close(self) -> None:
         self.closed = True

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import pytest
-
 from tests.engine.fakes import fake_engine
 from vattention.engine.engine import LLMEngine
 from vattention.engine.stats import FinishedStats, StepStats
@@ -87,17 +85,3 @@ def test_preemptions_are_counted_and_tokens_timed_across_them() -> None:
     assert recorder.total("num_generated_tokens") == 120
     assert recorder.count("times_to_first_token_s") == 3
     assert recorder.count("inter_token_latencies_s") == 117
-
-
-@pytest.mark.parametrize("end", ["run", "abort"])
-def test_nothing_is_kept_of_ended_requests(end: str) -> None:
-    engine = fake_engine()
-    recorded(engine)
-    engine.add_request("a", {"prompt_token_ids": [5]}, greedy(20))
-    engine.step()
-    if end == "abort":
-        engine.abort("a")
-        engine.add_request("b", {"prompt_token_ids": [5]}, greedy(2))
-    run(engine)
-    assert not engine._stats._last_token_at
-    assert not engine._stats._ended

@@ -260,7 +260,14 @@ class FakeEngine:
         for listener in self._listeners:
             listener.on_finished(
                 FinishedStats(
-                    reason, len(stream.prompt), count, 0, stream.metrics, stream.params.n, stream.params.max_tokens
+                    finish_reason=reason,
+                    num_prompt_tokens=len(stream.prompt),
+                    num_generated_tokens=count,
+                    num_cached_tokens=0,
+                    metrics=stream.metrics,
+                    num_sequences=stream.params.n,
+                    n=stream.params.n,
+                    max_tokens=stream.params.max_tokens,
                 )
             )
 

@@ -73,7 +73,10 @@ def test_a_wrong_field_is_named(
     ("more", "param"),
     [
         ({"suffix": "end"}, "suffix"),
-        ({"best_of": 3}, "best_of"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "stream"),
+        ({"use_beam_search": True, "n": 2, "stream": True}, "stream"),
+        ({"length_penalty": 2.0}, "length_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),

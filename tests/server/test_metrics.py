@@ -88,7 +88,7 @@ def test_prefix_cache_is_counted_in_tokens() -> None:
 
 def test_phases_of_a_request() -> None:
     metrics = EngineMetrics(FakeEngine(), "a")
-    metrics.on_finished(finished(RequestMetrics(10.0, 11.0, 13.0, 18.0), num_generated_tokens=12, n=2))
+    metrics.on_finished(finished(RequestMetrics(10.0, 11.0, 13.0, 18.0), num_generated_tokens=12, num_sequences=2))
     expected = {
         "request_queue_time": 1.0,
         "request_prefill_time": 2.0,
@@ -138,6 +138,7 @@ def finished(metrics: RequestMetrics, **changes: Any) -> FinishedStats:
         "num_generated_tokens": 0,
         "num_cached_tokens": 0,
         "metrics": metrics,
+        "num_sequences": 1,
         "n": 1,
         "max_tokens": None,
     }

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from tests.engine.beam_reference import model_logits, search
 from tests.model.tiny import byte_level, tiny_folder, tiny_llama
 from tests.server.conftest import LiveServer, live, wait_until
 from vattention.config import EngineConfig
@@ -90,6 +91,65 @@ def test_echoes_and_scores_the_prompt_for_every_sample(client: openai.OpenAI, st
         values = [value for choice in own for value in choice.logprobs.token_logprobs]
         assert values[0] is None
         assert all(value < 0 for value in values[1:])
+
+
+@pytest.mark.parametrize("extra", [{"n": 3}, {"n": 2, "best_of": 3}], ids=["width n", "width best_of"])
+def test_a_beam_search(client: openai.OpenAI, extra: dict[str, int]) -> None:
+    prompt = byte_level()("hello world")["input_ids"]
+    expected = search(
+        model_logits(tiny_llama()), prompt, width=3, max_tokens=7, ends=frozenset({2}), length_penalty=0.5
+    )
+    options = {"use_beam_search": True, "length_penalty": 0.5, "return_token_ids": True, **extra}
+    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=7, logprobs=1, extra_body=options)
+    found = [choice.model_dump() for choice in answer.choices]
+    assert [choice["index"] for choice in found] == list(range(extra["n"]))
+    assert [tuple(choice["token_ids"]) for choice in found] == [best.tokens for best in expected[: extra["n"]]]
+    for choice, best in zip(found, expected, strict=False):
+        assert sum(choice["logprobs"]["token_logprobs"]) == pytest.approx(best.cum_logprob, abs=1e-3)
+
+
+def test_a_beam_search_for_a_reply(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 5,
+        "n": 2,
+    }
+    extra = {"use_beam_search": True, "return_token_ids": True}
+    answer: Any = client.chat.completions.create(**options, extra_body=extra)
+    expected = search(
+        model_logits(tiny_llama()),
+        answer.model_dump()["prompt_token_ids"],
+        width=2,
+        max_tokens=5,
+        ends=frozenset({2}),
+    )
+    found = [choice.model_dump() for choice in answer.choices]
+    assert [tuple(choice["token_ids"]) for choice in found] == [best.tokens for best in expected]
+    with pytest.raises(openai.BadRequestError, match="beam search cannot be streamed"):
+        client.chat.completions.create(**options, extra_body=extra, stream=True)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_best_of_several_samples(client: openai.OpenAI, chat: bool) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "seed": 3}
+
+    def samples(**more: Any) -> list[str]:
+        if chat:
+            extra = {"best_of": more.pop("best_of", None), "ignore_eos": True}
+            talk: Any = [{"role": "user", "content": "hello"}]
+            made: Any = client.chat.completions.create(
+                messages=talk, logprobs=True, **options, **more, extra_body=extra
+            )
+            entries = [(sum(e.logprob for e in c.logprobs.content), c.message.content) for c in made.choices]
+        else:
+            extra = {"ignore_eos": True}
+            made = client.completions.create(prompt="hello", logprobs=1, **options, **more, extra_body=extra)
+            entries = [(sum(c.logprobs.token_logprobs), c.text) for c in made.choices]
+        assert made.usage.completion_tokens == 6 * len(entries)
+        return [text for _, text in sorted(entries, reverse=True)]
+
+    assert samples(n=2, best_of=5) == samples(n=5)[:2]
 
 
 def test_the_chat_template_adds_one_bos_token(client: openai.OpenAI) -> None:

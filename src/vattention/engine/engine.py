@@ -27,6 +27,7 @@ from vattention.engine.stats import EngineStatistics, Stats, StatsListener
 from vattention.engine.suspend import Suspender
 from vattention.errors import RequestError
 from vattention.kv.manager import KVManager
+from vattention.model.proposals import Proposals, propose
 from vattention.model.sampler import prompt_logprobs, sample
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
@@ -124,18 +125,19 @@ class LLMEngine:
         """Write a running or waiting request to a file and end it here, without another output; `resume` goes on.
 
         Raises:
-            RequestError: no such request runs.
+            RequestError: no such request runs, or it is a beam search.
             OSError, DriverError: the file cannot be written; the request runs on.
         """
         request = self._requests.get(request_id)
         if request is None:
             raise RequestError(f"no request {request_id!r} is running", param="request_id")
+        if request.beams is not None:
+            raise RequestError("a beam search cannot be suspended: let it end, or abort it", param="request_id")
         self._suspender.write_request(request, path)
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self._scheduler.remove(sequence)
         del self._requests[request_id]
-        self._stats.forget(request)
 
     def suspend_finished(self, output: RequestOutput, path: str | Path, cache_salt: str = "") -> None:
         """Write a finished conversation to a file, with what the prefix cache still has of it.
@@ -218,6 +220,8 @@ class LLMEngine:
         """Forward, sample, and give each sequence its token; returns the sequences that moved."""
         sampling: list[Sequence] = []
         rows: list[int] = []
+        beams: list[Sequence] = []
+        beam_rows: list[int] = []
         begun = time.monotonic()
         for sequence in plan.sequences:
             if sequence.request.metrics.first_scheduled_time is None:
@@ -230,12 +234,20 @@ class LLMEngine:
                 begin, end = end, end + chunk.num_logits
                 if sequence.index == 0 and sequence.request.params.prompt_logprobs is not None:
                     self._report_prompt(sequence, chunk.end - chunk.num_logits, logits[begin:end])
-                if chunk.end == sequence.num_tokens:
+                if chunk.end == sequence.num_tokens and sequence.request.beams is not None:
+                    beams.append(sequence)
+                    beam_rows.append(end - 1)
+                elif chunk.end == sequence.num_tokens:
                     samples = [sequence, *sequence.request.unforked]
                     sampling += samples
                     rows += [end - 1] * len(samples)
             chosen = sample(
                 logits if rows == list(range(len(logits))) else logits[rows], [s.sample_row() for s in sampling]
+            )
+            proposals = propose(
+                logits[beam_rows],
+                [beam.sample_row() for beam in beams],
+                [beam.request.beams.num_proposals for beam in beams if beam.request.beams is not None],
             )
         except Exception as error:
             logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
@@ -256,7 +268,34 @@ class LLMEngine:
                 metrics.first_token_time = now
             sequence.append(token)
         self._retire([s for s in sampling if s.finish_reason is not None])
-        return sampling
+        return sampling + self._advance_beams(beams, proposals, now)
+
+    def _advance_beams(self, beams: list[Sequence], proposals: list[Proposals], now: float) -> list[Sequence]:
+        """Let searches whose beams have all proposed go on; returns the beams that moved.
+
+        Beams that die give back their slots here; the next step's forks, which need some, come after.
+        """
+        moved: list[Sequence] = []
+        for beam, own in zip(beams, proposals, strict=True):
+            request = beam.request
+            if request.finished or request.beams is None:
+                continue
+            if own.error is not None:
+                moved += self._end([beam], "error", own.error)
+                continue
+            request.beams.offer(beam, own)
+            if not request.beams.ready:
+                continue
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            dead = dict.fromkeys(request.beams.live)
+            for branch in request.beams.advance():
+                self._scheduler.hand_over(branch.parent, branch.child)
+                del dead[branch.parent]
+            request.sequences = request.beams.sequences
+            self._retire(dead)
+            moved += request.beams.live or request.sequences
+        return moved
 
     def _report_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
         """Row i of `logits` foretells the prompt's token start + i + 1."""
@@ -280,9 +319,11 @@ class LLMEngine:
         return [sequence for sequence, _ in plan.failed]
 
     def _end(self, sequences: list[Sequence], reason: str, error: Exception | None = None) -> list[Sequence]:
-        """Finish sequences before their time, and with them samples that were to fork from them."""
-        orphans = (child for sequence in sequences for child in sequence.request.take_unforked())
-        sequences = list(dict.fromkeys([*sequences, *orphans]))
+        """Finish sequences before their time, and with them those that cannot go on without: samples that were to
+        fork from them, the other beams of a search.
+        """
+        others = (other for sequence in sequences for other in sequence.request.take_dependants())
+        sequences = list(dict.fromkeys([*sequences, *others]))
         for sequence in sequences:
             sequence.finish(reason)
             if error is not None:

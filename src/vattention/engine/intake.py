@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
+from vattention.engine.beams import BeamGroup
 from vattention.engine.parts import Parts
 from vattention.engine.request import Request
 from vattention.engine.sequence import Sequence
@@ -24,6 +25,7 @@ class Intake:
 
     def __init__(self, config: EngineConfig, parts: Parts) -> None:
         self._seed = config.seed
+        self._max_num_seqs = config.max_num_seqs
         self._parts = parts
         self._arrivals = itertools.count()
 
@@ -38,6 +40,12 @@ class Intake:
         validate(params, self._parts.vocab_size)
         if params.stop_strings and self._parts.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine serves token ids only", param="stop")
+        if params.use_beam_search and params.num_sequences > self._max_num_seqs:
+            raise RequestError(
+                f"a beam search of {params.num_sequences} beams needs as many slots, and this engine has "
+                f"{self._max_num_seqs}; ask for fewer beams or raise max_num_seqs",
+                param="beam_width",
+            )
         room = self._parts.max_model_len - len(token_ids)
         if room < 1:
             raise ContextLengthError(
@@ -59,8 +67,11 @@ class Intake:
         )
         seed = _seed(self._seed, arrival) if params.seed is None else params.seed
         request.sequences = [
-            Sequence(request, index, seed + index, self.text(token_ids, params)) for index in range(params.n)
+            Sequence(request, index, seed + index, self.text(token_ids, params))
+            for index in range(1 if params.use_beam_search else params.num_sequences)
         ]
+        if params.use_beam_search:
+            request.beams = BeamGroup(request.sequences[0])
         return request
 
     def arrival(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vattention.engine.text import TextStream
@@ -29,6 +29,7 @@ class Sequence:
         num_promised: tokens that others may wait for to find in the prefix cache, known when it got its slot.
         image: its first tokens' keys and values outside the cache, while it waits for a slot to put them in.
         finish_reason: None while it runs.
+        last_token_at: when it got its last token, in seconds of `time.monotonic()`; None before the first.
     """
 
     request: Request
@@ -44,10 +45,17 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
+    last_token_at: float | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_computable(self) -> int:
+        """Tokens that it may compute now: all, unless other beams are to fork from it first."""
+        beams = self.request.beams
+        return self.num_tokens if beams is None else beams.num_computable(self)
 
     @property
     def priority(self) -> tuple[int, int, int]:
@@ -91,6 +99,19 @@ class Sequence:
             elif len(self.output_token_ids) >= self.request.max_tokens:
                 self.finish("length", None)
 
+    def branch(self, index: int) -> Sequence:
+        """Another sequence with the same tokens and text, which has no slot and goes its own way from here."""
+        return replace(
+            self,
+            index=index,
+            text=self.text.copy() if self.text is not None else None,
+            output_token_ids=list(self.output_token_ids),
+            logprobs=list(self.logprobs),
+            slot=None,
+            num_computed=0,
+            num_promised=0,
+        )
+
     def finish(self, reason: str, stop_reason: int | str | None = None, *, ending: int | None = None) -> None:
         """End the sequence. `ending` is a token that ended it, whose text is kept only on request."""
         self.finish_reason, self.stop_reason = reason, stop_reason
@@ -99,13 +120,16 @@ class Sequence:
                 self.text.add(ending, may_stop=False)
             self.text.finish()
 
-    def output(self) -> CompletionOutput:
-        wants_logprobs = self.request.params.logprobs is not None
+    def output(self, index: int) -> CompletionOutput:
+        """Its state as the request's output number `index`."""
+        params = self.request.params
+        wants_logprobs = params.logprobs is not None
+        is_ranked = params.use_beam_search or params.num_sequences > params.n
         return CompletionOutput(
-            index=self.index,
+            index=index,
             text=self.text.text if self.text is not None else "",
             token_ids=list(self.output_token_ids),
-            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs or is_ranked else None,
             logprobs=list(self.logprobs) if wants_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,

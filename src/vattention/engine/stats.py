@@ -83,6 +83,7 @@ class FinishedStats:
         num_generated_tokens: of all samples together.
         num_cached_tokens: prompt tokens that needed no computing.
         metrics: when it arrived, started, got its first token and ended.
+        num_sequences: that the tokens were generated for: more than n where the best of them are returned.
         n, max_tokens: as asked for; max_tokens is None where the request named none.
     """
 
@@ -91,6 +92,7 @@ class FinishedStats:
     num_generated_tokens: int
     num_cached_tokens: int
     metrics: RequestMetrics
+    num_sequences: int
     n: int
     max_tokens: int | None
 
@@ -111,8 +113,6 @@ class Stats:
 
     def __init__(self) -> None:
         self.listeners: list[StatsListener] = []
-        self._last_token_at: dict[Sequence, float] = {}
-        self._ended: list[Request] = []
 
     def step(self, plan: Plan, moved: Items[Sequence], started: float, now_is: EngineStatistics) -> None:
         """Report a step that began at `started` (monotonic seconds) and brought the `moved` sequences on."""
@@ -123,13 +123,11 @@ class Stats:
         firsts: list[float] = []
         others: list[float] = []
         for sequence in advanced:
-            before = self._last_token_at.get(sequence)
-            if before is None:
+            if sequence.last_token_at is None:
                 firsts.append(now - sequence.request.metrics.arrival_time)
             else:
-                others.append(now - before)
-            self._last_token_at[sequence] = now
-        self._forget_ended()
+                others.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
         stats = StepStats(
             num_prompt_tokens=_num_prompt_tokens(plan),
             num_looked_up_tokens=plan.num_looked_up_tokens,
@@ -145,17 +143,10 @@ class Stats:
         for listener in self.listeners:
             listener.on_step(stats)
 
-    def forget(self, request: Request) -> None:
-        """A request has left without an end."""
-        for sequence in request.sequences:
-            self._last_token_at.pop(sequence, None)
-
     def finished(self, request: Request) -> None:
         """Report a request whose samples have all ended."""
         if not self.listeners:
             return
-        # Its last tokens belong to a step that is reported after this.
-        self._ended.append(request)
         reasons = {sequence.finish_reason for sequence in request.sequences}
         stats = FinishedStats(
             finish_reason=next((reason for reason in _GRAVITY if reason in reasons), "error"),
@@ -163,16 +154,12 @@ class Stats:
             num_generated_tokens=request.num_generated_tokens,
             num_cached_tokens=request.num_cached_tokens or 0,
             metrics=request.metrics,
+            num_sequences=len(request.sequences),
             n=request.params.n,
             max_tokens=request.params.max_tokens,
         )
         for listener in self.listeners:
             listener.on_finished(stats)
-
-    def _forget_ended(self) -> None:
-        for request in self._ended:
-            self.forget(request)
-        self._ended.clear()
 
 
 def _num_prompt_tokens(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -41,6 +42,12 @@ class TextStream:
             token: replace(logprob, decoded_token=self._tokenizer.token_text(token))
             for token, logprob in logprobs.items()
         }
+
+    def copy(self) -> TextStream:
+        """The same text, which goes its own way from here."""
+        twin = copy.copy(self)
+        twin._detokenizer, twin._stop = self._detokenizer.copy(), copy.copy(self._stop)
+        return twin
 
     def finish(self) -> None:
         """No more tokens will come: what was held back is final, unless a stop string ended the text before it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from vattention.model.tokenizer import Tokenizer
@@ -51,6 +52,12 @@ class Detokenizer:
         text = self._decode()[self._shown :]
         self._shown += len(text)
         return text
+
+    def copy(self) -> Detokenizer:
+        """The same text so far, for tokens of its own."""
+        twin = copy.copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def _advance(self) -> str:
         text = self._decode()

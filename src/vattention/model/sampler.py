@@ -43,7 +43,7 @@ class SampleRow:
     def is_plain_greedy(self) -> bool:
         """Whether the largest logit alone decides, and nothing is reported about it."""
         params = self.params
-        return params.greedy and params.logprobs is None and not self.is_adjusted
+        return params.greedy and params.num_logprobs is None and not self.is_adjusted
 
     @property
     def is_adjusted(self) -> bool:
@@ -119,7 +119,7 @@ def _host(logits: torch.Tensor) -> Row:
 
 
 def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: float) -> SampledToken:
-    error = _error(largest)
+    error = logits_error(largest)
     if error is not None:
         return SampledToken(-1, error=error)
     if wanted.is_plain_greedy:
@@ -131,19 +131,19 @@ def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: fl
         adjust(row, params, wanted.prompt_token_ids, wanted.output_token_ids, wanted.end_token_ids)
         likeliest = int(row.argmax())
         largest = float(row[likeliest])
-        error = _error(largest)
+        error = logits_error(largest)
         if error is not None:
             return SampledToken(-1, error=error)
     token_id = likeliest
     if not params.greedy:
         token_id = draw(row, largest, params, uniform(wanted.seed, len(wanted.output_token_ids)))
-    if params.logprobs is None:
+    if params.num_logprobs is None:
         return SampledToken(token_id)
-    report = token_logprobs(raw, token_id, params.logprobs)
+    report = token_logprobs(raw, token_id, params.num_logprobs)
     return SampledToken(token_id, report[token_id].logprob, report)
 
 
-def _error(largest: float) -> VAttentionError | None:
+def logits_error(largest: float) -> VAttentionError | None:
     """What is wrong with a row whose largest logit this is; a NaN anywhere is the largest."""
     if math.isfinite(largest):
         return None

@@ -161,7 +161,7 @@ class EngineMetrics:
             self._prefill_s.observe(first - start)
         if first is not None and end is not None:
             self._decode_s.observe(end - first)
-            per_sample = stats.num_generated_tokens / stats.n
+            per_sample = stats.num_generated_tokens / stats.num_sequences
             if per_sample > 1:
                 self._per_token_s.observe((end - first) / (per_sample - 1))
 

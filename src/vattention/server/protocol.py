@@ -103,13 +103,11 @@ class SamplingBody(ModelBody):
         "guided_json": (),
         "guided_regex": (),
         "kv_transfer_params": (),
-        "length_penalty": (1.0,),
         "repetition_detection": (),
         "response_format": ({"type": "text"},),
         "spaces_between_special_tokens": (True,),
         "structured_outputs": (),
         "truncate_prompt_tokens": (),
-        "use_beam_search": (False,),
         "vllm_xargs": ({},),
     }
 
@@ -129,6 +127,9 @@ class SamplingBody(ModelBody):
     repetition_penalty: float = 1.0
     logit_bias: Annotated[dict[str, float], AfterValidator(_check_token_ids)] = Field(default_factory=dict)
     skip_special_tokens: bool = True
+    best_of: Annotated[int, Field(ge=1, le=MAX_SAMPLES)] | None = None
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
     prompt_logprobs: int | None = None
     priority: Int64 = 0
     cache_salt: Text = ""
@@ -155,6 +156,9 @@ class SamplingBody(ModelBody):
         "repetition_penalty",
         "logit_bias",
         "skip_special_tokens",
+        "best_of",
+        "use_beam_search",
+        "length_penalty",
         "prompt_logprobs",
     )
 
@@ -164,6 +168,10 @@ class SamplingBody(ModelBody):
             raise invalid("stream_options", "stream_options needs stream=true")
         if self.stream and self.prompt_logprobs is not None:
             raise invalid("prompt_logprobs", "prompt_logprobs cannot be streamed")
+        if self.stream and self.use_beam_search:
+            raise invalid("stream", "a beam search cannot be streamed: which beam is best shows only at its end")
+        if self.stream and self.best_of is not None and self.best_of > self.n:
+            raise invalid("stream", "the best of more samples than n cannot be streamed: they show only at the end")
         return self
 
     def asked_sampling(self) -> dict[str, Any]:

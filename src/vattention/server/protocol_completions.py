@@ -46,13 +46,10 @@ class CompletionRequest(SamplingBody):
     max_tokens: Annotated[int, Field(ge=0)] = DEFAULT_MAX_TOKENS
     logprobs: int | None = None
     echo: bool = False
-    best_of: int | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.n:
-            raise invalid("best_of", f"must equal n, which is {self.n}: this server returns every sample it draws")
         if self.max_tokens == 0 and not self.echo:
             raise invalid("max_tokens", "must be at least 1, or 0 with echo=true")
         return self
