@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vattention.bench.memory.shapes import (
     A100_40,
@@ -64,7 +64,7 @@ PAPER_ALPACA = Scenario(OPT_13B, A100_40, ALPACA, 30, 800, ON_A_GPU)
 PAPER_PREFIX = Scenario(LLAMA_13B, A100_40, SHAREGPT, 2, 500, ON_A_GPU)
 """Those of PagedAttention's paper; the last for its size alone (figure 16)."""
 
-ON_HOST = Scenario(GEMMA_3_270M, HOST, SHAREGPT, 4, 100, ON_A_HOST)
+ON_HOST = Scenario(replace(GEMMA_3_270M, max_len=2048), HOST, SHAREGPT, 4, 100, ON_A_HOST)
 
 SHARING = (
     (PAPER_ALPACA, SHARING_ON_A_GPU),

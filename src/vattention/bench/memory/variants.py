@@ -43,13 +43,32 @@ PAGED = Variant("paged, blocks of 16", {"kv": "paged", "block_size": 16, "page_s
 PAGED_HOST = replace(PAGED, options={**PAGED.options, "page_size": "4KiB"})
 """PagedAttention with vLLM's block size."""
 
-ON_A_GPU = (GPU, GPU_PER_LAYER, PAGED)
-ON_A_HOST = (HOST, PAGED_HOST)
+
+def reserved(reservation: str, paper: str, page_size: str = "2MiB") -> Variant:
+    """Memory for a sequence's whole life at once, as Orca took it by the PagedAttention paper's account."""
+    return Variant(
+        f"reserved, {reservation}",
+        {"kv": "reserved", "reservation": reservation, "page_size": page_size, "kv_layout": "sliced"},
+        paper,
+    )
+
+
+MAX = reserved("max", "Orca (Max)")
+POW2 = reserved("pow2", "Orca (Pow2)")
+ORACLE = reserved("oracle", "Orca (Oracle)")
+MAX_HOST, POW2_HOST, ORACLE_HOST = (
+    replace(variant, options={**variant.options, "page_size": "4KiB", "kv_layout": "per-layer"})
+    for variant in (MAX, POW2, ORACLE)
+)
+"""For the longest sequence there can be, for the next power of two, and for the length it will really have."""
+
+ON_A_GPU = (GPU, GPU_PER_LAYER, PAGED, ORACLE, POW2, MAX)
+ON_A_HOST = (HOST, PAGED_HOST, ORACLE_HOST, POW2_HOST, MAX_HOST)
 """What a device's pages allow."""
 
 SHARING_ON_A_GPU = (GPU, PAGED)
 SHARING_ON_A_HOST = (HOST, PAGED_HOST)
 """Those that can share memory between sequences."""
 
-LIVE = (HOST, virtual("4KiB", "sliced"), PAGED_HOST)
+LIVE = (HOST, virtual("4KiB", "sliced"), PAGED_HOST, ORACLE_HOST, POW2_HOST, MAX_HOST)
 """On the CPU of this machine."""
