@@ -8,7 +8,7 @@ from vattention.bench.memory.device import EFFICIENCY, SimulatedDevice
 from vattention.bench.memory.scenarios import ON_HOST, PAPER_SHAREGPT, SCENARIOS, Scenario
 from vattention.bench.memory.shapes import A100_40, OPT_13B
 from vattention.bench.memory.simulate import running_lengths, simulate
-from vattention.bench.memory.variants import GPU, HOST, PAGED, Variant
+from vattention.bench.memory.variants import GPU, HOST, MAX, ORACLE, PAGED, POW2, Variant
 from vattention.core import Chunk
 
 
@@ -22,6 +22,16 @@ def test_the_same_seed_gives_the_same_figures() -> None:
     one, same, other = (simulate(PAPER_SHAREGPT, GPU, seed=seed, scale=0.1) for seed in (0, 0, 1))
     assert replace(one, elapsed_s=0) == replace(same, elapsed_s=0)
     assert one.live_share != other.live_share
+
+
+def test_reserving_runs_fewer_sequences_on_more_memory() -> None:
+    crowd = replace(PAPER_SHAREGPT, requests_per_s=100.0)
+    found = [simulate(crowd, variant, seed=0, scale=0.3) for variant in (MAX, POW2, ORACLE, GPU)]
+    shares = [usage.live_share for usage in found]
+    batches = [usage.mean_batch for usage in found]
+    assert shares == sorted(shares)
+    assert batches == sorted(batches)
+    assert batches[-1] > 2 * batches[-2]
 
 
 def test_large_pages_of_a_layer_each_waste_more_than_blocks() -> None:

@@ -60,29 +60,32 @@ def simulated_s(scenario: Scenario, variant: Variant, prefix_tokens: int, seed: 
     return device.now_s
 
 
-def live_speed_up(
-    model: str, prefix_tokens: int, *, count: int, repeats: int, seed: int
-) -> tuple[float, float, float]:
+def live_speed_ups(
+    model: str, prefixes: Sequence[int], *, count: int, repeats: int, seed: int
+) -> dict[int, tuple[float, float, float]]:
     """How many times faster a real model serves `count` translations with the prefix cache than without.
 
     Both are measured in turns, each time with an empty cache.
 
     Returns:
-        The median of the pairs' quotients, the least and the most.
+        By tokens of the prefix: the median of the pairs' quotients, the least and the most.
     """
-    work = translations(prefix_tokens, count, LIVE_VOCAB, seed)
     config = EngineConfig(
-        model=model, max_model_len=prefix_tokens + UNIQUE_TOKENS + OUTPUT_TOKENS, max_num_seqs=LIVE_SLOTS
+        model=model, max_model_len=max(prefixes) + UNIQUE_TOKENS + OUTPUT_TOKENS, max_num_seqs=LIVE_SLOTS
     )
+    found = {}
     with ExitStack() as stack:
         plain, caching = (
             stack.enter_context(closing(LLMEngine.from_config(replace(config, enable_prefix_caching=caches))))
             for caches in (False, True)
         )
-        for engine in (plain, caching):
-            warm_up(engine, work)
-        quotients = [_elapsed_s(plain, work) / _elapsed_s(caching, work) for _ in range(repeats)]
-    return median(quotients), min(quotients), max(quotients)
+        for num_tokens in prefixes:
+            work = translations(num_tokens, count, LIVE_VOCAB, seed)
+            for engine in (plain, caching):
+                warm_up(engine, work)
+            quotients = [_elapsed_s(plain, work) / _elapsed_s(caching, work) for _ in range(repeats)]
+            found[num_tokens] = (median(quotients), min(quotients), max(quotients))
+    return found
 
 
 def _elapsed_s(engine: LLMEngine, work: Sequence[BenchRequest]) -> float:

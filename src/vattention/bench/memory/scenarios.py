@@ -20,6 +20,7 @@ from vattention.bench.memory.trace import ALPACA, SHAREGPT, Dataset, Trace, draw
 from vattention.bench.memory.variants import (
     ON_A_GPU,
     ON_A_HOST,
+    ON_THE_PAPERS_GPU,
     SHARING_ON_A_GPU,
     SHARING_ON_A_HOST,
     Variant,
@@ -59,8 +60,8 @@ class Scenario:
         return draw_trace(self.dataset, count=count, requests_per_s=self.requests_per_s / n, seed=seed)
 
 
-PAPER_SHAREGPT = Scenario(OPT_13B, A100_40, SHAREGPT, 2, 200, ON_A_GPU)
-PAPER_ALPACA = Scenario(OPT_13B, A100_40, ALPACA, 30, 800, ON_A_GPU)
+PAPER_SHAREGPT = Scenario(OPT_13B, A100_40, SHAREGPT, 2, 200, ON_THE_PAPERS_GPU)
+PAPER_ALPACA = Scenario(OPT_13B, A100_40, ALPACA, 30, 800, ON_THE_PAPERS_GPU)
 PAPER_PREFIX = Scenario(LLAMA_13B, A100_40, SHAREGPT, 2, 500, ON_A_GPU)
 """Those of PagedAttention's paper; the last for its size alone (figure 16)."""
 
@@ -76,8 +77,8 @@ SHARING = (
 SCENARIOS = (
     PAPER_SHAREGPT,
     PAPER_ALPACA,
-    Scenario(LLAMA_3_8B, A100_40, SHAREGPT, 40, 400, ON_A_GPU, max_num_seqs=512),
-    Scenario(LLAMA_3_8B, A100_80, SHAREGPT, 80, 600, ON_A_GPU, max_num_seqs=1024),
+    Scenario(LLAMA_3_8B, A100_40, SHAREGPT, 40, 300, ON_A_GPU, max_num_seqs=512),
+    Scenario(LLAMA_3_8B, A100_80, SHAREGPT, 80, 400, ON_A_GPU, max_num_seqs=1024),
     Scenario(YI_34B, A100_80, SHAREGPT, 10, 200, ON_A_GPU),
     ON_HOST,
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from tqdm import tqdm
+
 from vattention.bench.memory import papers
 from vattention.bench.memory.beams import search
 from vattention.bench.memory.device import SimulatedDevice
@@ -19,7 +21,7 @@ from vattention.bench.memory.pages import (
     page_share,
     worst_nbytes,
 )
-from vattention.bench.memory.prefix import live_speed_up, simulated_s, with_prefix_cache
+from vattention.bench.memory.prefix import live_speed_ups, simulated_s, with_prefix_cache
 from vattention.bench.memory.scenarios import (
     ON_HOST,
     PAPER_ALPACA,
@@ -82,25 +84,25 @@ def usage(settings: Settings) -> Iterator[Table]:
         "stays mapped once warm memory is dropped, with the pages of the next forward mapped ahead. Averages over "
         "simulated time.",
     )
-    for scenario in SCENARIOS:
-        for variant in scenario.variants:
-            found = simulate(scenario, variant, seed=settings.seed, scale=settings.scale)
-            paper = variant.paper if scenario in (PAPER_SHAREGPT, PAPER_ALPACA) else None
-            table.rows.append(
-                (
-                    found.scenario,
-                    found.variant,
-                    found.live_share,
-                    found.held_share,
-                    found.limit_share,
-                    papers.TOKEN_SHARE[paper] if paper and scenario is PAPER_SHAREGPT else None,
-                    found.mean_batch,
-                    found.max_batch,
-                    papers.BATCHED[scenario.dataset.name][paper] if paper else None,
-                    found.mean_waiting,
-                    found.num_preemptions,
-                )
+    pairs = [(scenario, variant) for scenario in SCENARIOS for variant in scenario.variants]
+    for scenario, variant in tqdm(pairs, desc="loads and managers", leave=False, disable=None):
+        found = simulate(scenario, variant, seed=settings.seed, scale=settings.scale)
+        paper = variant.paper if scenario in (PAPER_SHAREGPT, PAPER_ALPACA) else None
+        table.rows.append(
+            (
+                found.scenario,
+                found.variant,
+                found.live_share,
+                found.held_share,
+                found.limit_share,
+                papers.TOKEN_SHARE[paper] if paper and scenario is PAPER_SHAREGPT else None,
+                found.mean_batch,
+                found.max_batch,
+                papers.BATCHED[scenario.dataset.name][paper] if paper else None,
+                found.mean_waiting,
+                found.num_preemptions,
             )
+        )
     yield table
 
 
@@ -215,17 +217,17 @@ def _saved(
         ),
         note=note,
     )
-    for scenario, variants in SHARING:
-        for variant in variants:
-            figures = paper[scenario.dataset.name] if scenario is not ON_HOST and variant.paper else {}
-            table.rows.append(
-                (
-                    f"{scenario.dataset.name}, {scenario.model.name}",
-                    variant.name,
-                    *(measure(scenario, variant, n) for n in WIDTHS),
-                    *(figures.get(n) for n in WIDTHS),
-                )
+    pairs = [(scenario, variant) for scenario, variants in SHARING for variant in variants]
+    for scenario, variant in tqdm(pairs, desc=unit, leave=False, disable=None):
+        figures = paper[scenario.dataset.name] if scenario is not ON_HOST and variant.paper else {}
+        table.rows.append(
+            (
+                f"{scenario.dataset.name}, {scenario.model.name}",
+                variant.name,
+                *(measure(scenario, variant, n) for n in WIDTHS),
+                *(figures.get(n) for n in WIDTHS),
             )
+        )
     return table
 
 
@@ -293,11 +295,14 @@ def live(settings: Settings) -> Iterator[Table]:
         ),
         note="Runs with and without the cache in turns. The paper's figure is against Orca (Oracle) on a GPU.",
     )
-    for num_tokens, paper in papers.PREFIX_SPEED_UP.items():
-        found = live_speed_up(
-            settings.model, num_tokens, count=settings.count(24), repeats=REPEATS, seed=settings.seed
-        )
-        speed_up.rows.append((num_tokens, *found, paper))
+    found = live_speed_ups(
+        settings.model,
+        list(papers.PREFIX_SPEED_UP),
+        count=settings.count(24),
+        repeats=REPEATS,
+        seed=settings.seed,
+    )
+    speed_up.rows.extend((n, *found[n], paper) for n, paper in papers.PREFIX_SPEED_UP.items())
     yield speed_up
 
 

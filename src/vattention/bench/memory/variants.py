@@ -62,7 +62,8 @@ MAX_HOST, POW2_HOST, ORACLE_HOST = (
 )
 """For the longest sequence there can be, for the next power of two, and for the length it will really have."""
 
-ON_A_GPU = (GPU, GPU_PER_LAYER, PAGED, ORACLE, POW2, MAX)
+ON_THE_PAPERS_GPU = (GPU, GPU_PER_LAYER, PAGED, ORACLE, POW2, MAX)
+ON_A_GPU = (GPU, PAGED, ORACLE, MAX)
 ON_A_HOST = (HOST, PAGED_HOST, ORACLE_HOST, POW2_HOST, MAX_HOST)
 """What a device's pages allow."""
 
@@ -70,5 +71,5 @@ SHARING_ON_A_GPU = (GPU, PAGED)
 SHARING_ON_A_HOST = (HOST, PAGED_HOST)
 """Those that can share memory between sequences."""
 
-LIVE = (HOST, virtual("4KiB", "sliced"), PAGED_HOST, ORACLE_HOST, POW2_HOST, MAX_HOST)
+LIVE = (HOST, PAGED_HOST, ORACLE_HOST, MAX_HOST)
 """On the CPU of this machine."""
