@@ -46,6 +46,7 @@ class Held:
         capacity: tokens that the blocks reach to.
         guarded: tokens before this one may lie in blocks that others hold, or that the prefix cache knows.
         expires: from a query at this position on, block `first` lies behind the window.
+        whole: blocks before this entry lack tokens of theirs, where some were copied in.
     """
 
     first: int = 0
@@ -53,6 +54,7 @@ class Held:
     capacity: int = 0
     guarded: int = 0
     expires: int = sys.maxsize
+    whole: int = 0
 
 
 @dataclass(slots=True)
@@ -436,7 +438,7 @@ class PagedManager:
         if num_blocks <= begin:
             return
         for group, held in zip(self._groups, sequence.held, strict=True):
-            first, last = max(begin, held.first), min(num_blocks, held.last)
+            first, last = max(begin, held.first, held.whole), min(num_blocks, held.last)
             blocks = group.rows[slot, first:last].tolist()
             for block, key in zip(blocks, sequence.keys[first:last], strict=True):
                 group.pool.register(block, key)
@@ -462,6 +464,10 @@ class PagedManager:
         if end > self._max_len:
             raise ValueError(f"slot {slot} cannot hold {end} tokens; the longest sequence has {self._max_len}")
         size = self._block_size
+        if start > sequence.num_tokens and start % size:
+            # Tokens will be copied in: fewer than a hit at the last whole block before `start` would read.
+            for group, held in zip(self._groups, sequence.held, strict=True):
+                held.whole = -(-group.layers.first_needed(start) // size)
         self._give_back_behind(slot, sequence, start)
         # Per group, the entries of the table to write, and how many of them hold blocks that others hold as well.
         entries: list[tuple[list[int], int]] = []
