@@ -106,8 +106,8 @@ def test_float32_models_compute_the_same(
 def test_what_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, NativeLinear)
     model = build("gemma3")
-    # Per layer q, k, v and o; the output layer. Four norms around the blocks, two in attention; the last one.
-    assert optimize(model).replaced == {"native": 2 * 4 + 1, "gated mlp": 2, "rms norm": 2 * 6 + 1}
+    # Per layer o; the output layer. Four norms around the blocks, two in attention; the last one.
+    assert optimize(model).replaced == {"attention": 2, "native": 2 + 1, "gated mlp": 2, "rms norm": 2 * 6 + 1}
     assert sum(isinstance(module, FusedGatedMLP) for module in model.modules()) == 2
     assert sum(isinstance(module, FusedRMSNorm) for module in model.modules()) == 13
 
@@ -233,7 +233,7 @@ class TestRefusal:
         force(monkeypatch, NativeLinear)
         model: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="relu")).eval()
         before = logits(model)
-        assert optimize(model).replaced == {"native": 2 * 7 + 1, "rms norm": 5}
+        assert optimize(model).replaced == {"attention": 2, "native": 2 * 4 + 1, "rms norm": 5}
         torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
 
 

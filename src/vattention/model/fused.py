@@ -24,6 +24,8 @@ class FusedRMSNorm(nn.Module):
 
     Attributes:
         original: the module this stands for, whose attributes some models read.
+        scale: [width] float32 factors.
+        epsilon: added to the mean of squares.
     """
 
     def __init__(
@@ -33,8 +35,8 @@ class FusedRMSNorm(nn.Module):
         self.original = original
         self.weight = weight
         self._kernels = kernels
-        self._scale = weight.detach().float() + offset
-        self._epsilon = epsilon
+        self.scale = weight.detach().float() + offset
+        self.epsilon = epsilon
         self._dtype = weight.dtype
 
     @classmethod
@@ -64,7 +66,7 @@ class FusedRMSNorm(nn.Module):
             # The kernel walks memory: no gaps, and rows in one piece.
             x = x.contiguous()
             out = torch.empty_like(x)
-        self._kernels.rms_norm(x, self._scale, self._epsilon, out)
+        self._kernels.rms_norm(x, self.scale, self.epsilon, out)
         return out
 
 

@@ -6,15 +6,19 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
+from vattention.model.fused_attention import Notes, Projections, fuse
+from vattention.model.hook import AttentionHook
 from vattention.model.linear import LinearMethod, PackedLinear, TorchLinear, fastest_method, is_plain_linear
 from vattention.native import Kernels, kernels
 
@@ -35,7 +39,7 @@ class OptimizeReport:
     """What `optimize` did.
 
     Attributes:
-        replaced: how many modules now run each way: a linear method's name, "gated mlp" or "rms norm".
+        replaced: how many modules now run each way: a linear method's name, "attention", "gated mlp" or "rms norm".
         kept: linear layers that stay as they were because nothing here is faster.
         refused: names of modules whose replacement gave other results; they stay as they were.
         copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share.
@@ -55,10 +59,10 @@ class OptimizeReport:
 def optimize(model: nn.Module) -> OptimizeReport:
     """Replaces, in place, modules of a model in processor memory by faster ones that compute the same.
 
-    These are linear layers, gated feed-forward blocks and root mean square norms, where they have no hooks. A
-    weight is dropped once its packed form is there, unless other modules share it, as embeddings tied to the
-    output layer do. The model serves inference only afterwards: replacements have no gradients, and packed weights
-    are not part of its state dict.
+    These are linear layers, gated feed-forward blocks, root mean square norms and the way into attention, where
+    they have no hooks. A weight is dropped once its packed form is there, unless other modules share it, as
+    embeddings tied to the output layer do. The model serves inference only afterwards: replacements have no
+    gradients, and packed weights are not part of its state dict.
     """
     begin = time.perf_counter()
     optimizer = _Optimizer(model)
@@ -75,6 +79,7 @@ class _Optimizer:
         modules = list(model.modules())
         self._num_holders = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
         self._num_sites = Counter(id(child) for module in modules for child in module.children())
+        self._notes: Notes | None = None
         self._several_sites: dict[nn.Module, nn.Module] = {}
         self._methods: dict[tuple[int, int, torch.dtype], type[LinearMethod]] = {}
         self._replaced: Counter[str] = Counter()
@@ -85,8 +90,21 @@ class _Optimizer:
         self._progress = tqdm(total=len(modules), desc="packing weights", delay=_PROGRESS_DELAY_S, leave=False)
 
     def run(self) -> None:
-        with self._progress:
+        with self._progress, self._noted():
             self._walk(self._model, "")
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        """Inside the block the model's attention takes notes, if it goes through transformers' interface."""
+        if not isinstance(self._model, PreTrainedModel) or not self._model._can_set_attn_implementation():
+            yield
+            return
+        self._notes = Notes()
+        hook = AttentionHook(self._model, self._notes)
+        try:
+            yield
+        finally:
+            hook.close()
 
     def report(self, elapsed_s: float) -> OptimizeReport:
         return OptimizeReport(
@@ -123,6 +141,10 @@ class _Optimizer:
         mlp = GatedMLP.of(module)
         if mlp is not None and mlp.gate_proj.weight.dtype in self._kernels.dtypes:
             return self._gated_mlp(self._kernels, module, mlp, name)
+        projections = Projections.of(module) if self._notes is not None else None
+        if projections is not None and projections.q_proj.weight.dtype in self._kernels.dtypes:
+            self._attention(self._kernels, module, projections, name)
+            return module
         return self._rms_norm(self._kernels, module, name)
 
     def _method(self, num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
@@ -167,6 +189,26 @@ class _Optimizer:
         self._account(weights, replacement.nbytes, merged_nbytes=replacement.gate_up.method.nbytes)
         return replacement
 
+    def _attention(self, kernels: Kernels, module: nn.Module, parts: Projections, name: str) -> None:
+        """Changes the module itself, for attention functions are given it and read its attributes."""
+        assert self._notes is not None
+        for attribute in ("q_norm", "k_norm"):
+            norm = getattr(module, attribute, None)
+            if isinstance(norm, nn.Module) and norm not in self._several_sites:
+                self._several_sites[norm] = replacement = self._rms_norm(kernels, norm, f"{name}.{attribute}")
+                self._several_sites[replacement] = replacement
+                setattr(module, attribute, replacement)
+        dtype = parts.q_proj.weight.dtype
+        fused = fuse(kernels, module, parts, self._method(*parts.shape, dtype), self._notes, row_difference)
+        if fused is None or not fused[1] <= TOLERANCE[dtype]:
+            # Other kinds of attention look like this one from outside, so there is nothing to warn of.
+            _log.info("%s is no attention that can be fused", name)
+            return
+        self._replaced["attention"] += 1
+        nbytes = fused[0].method.nbytes
+        self._account([part.weight for part in parts], nbytes, merged_nbytes=nbytes)
+        fused[0].install()
+
     def _rms_norm(self, kernels: Kernels, module: nn.Module, name: str) -> nn.Module:
         guesses = list(FusedRMSNorm.guesses(kernels, module))
         if not guesses:
@@ -208,7 +250,12 @@ def largest_difference(
     largest = 0.0
     for count in rows:
         x = torch.randn(count, num_in, generator=generator) * torch.logspace(0, -3, count)[:, None]
-        result, expected = (compute(x.to(dtype)).float() for compute in (replacement, original))
-        scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        largest = max(largest, float(((result - expected).abs() / scale).nan_to_num(math.inf).max()))
+        largest = max(largest, row_difference(replacement(x.to(dtype)), original(x.to(dtype))))
     return largest
+
+
+def row_difference(result: Tensor, expected: Tensor) -> float:
+    """The largest difference of [rows, width] as a share of the largest number in its row; inf for NaN."""
+    expected = expected.float()
+    scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((result.float() - expected).abs() / scale).nan_to_num(math.inf).max())

@@ -91,6 +91,33 @@ class AttentionCache:
         self.addresses = tuple(ctypes.addressof(part) for part in (self._keys, self._values, self._tables))
 
 
+class NormedHeads(ctypes.Structure):
+    """`vattention_normed_heads` of rotate.c: heads side by side, and how each is normalised."""
+
+    _fields_ = (("scale", c_void_p), ("epsilon", c_float), ("num_heads", c_int32))
+
+    @classmethod
+    def of(cls, num_heads: int, scale: Tensor | None, epsilon: float) -> NormedHeads:
+        """`scale` is float32 [head_dim], kept alive by who made this; None for heads that stay as they are."""
+        return cls(None if scale is None else scale.data_ptr(), epsilon, num_heads)
+
+
+class Rotation(ctypes.Structure):
+    """`vattention_rotation` of rotate.c: what a token's queries and keys look like."""
+
+    _fields_ = (
+        ("query", NormedHeads),
+        ("key", NormedHeads),
+        ("head_dim", c_int64),
+        ("width", c_int64),
+        ("dtype", c_int32),
+    )
+
+    @classmethod
+    def of(cls, query: NormedHeads, key: NormedHeads, head_dim: int, width: int, dtype: torch.dtype) -> Rotation:
+        return cls(query, key, head_dim, width, _DTYPES[dtype])
+
+
 class Kernels:
     """The compiled kernels on tensors, and the threads they run on, which are torch's.
 
@@ -114,6 +141,9 @@ class Kernels:
             *(c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float),
             *(c_int32, c_int32, c_void_p),
         )
+        self._rotate = library.vattention_rotate
+        self._rotate.restype = None
+        self._rotate.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int32, c_void_p)
         self._gate = library.vattention_gate
         self._gate.restype = None
         self._gate.argtypes = (
@@ -155,6 +185,21 @@ class Kernels:
             scale.numel(),
             epsilon,
             _DTYPES[x.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+
+    def rotate(self, rotation: Rotation, x: Tensor, cosines: Tensor, sines: Tensor) -> None:
+        """In place: normalises and rotates the query and key heads of contiguous x[tokens, width].
+
+        cosines and sines are contiguous [tokens, head_dim], of x's type.
+        """
+        self._rotate(
+            ctypes.addressof(rotation),
+            x.data_ptr(),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            x.shape[0],
             torch.get_num_threads(),
             self._parallel,
         )
