@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.peers.cases import cases, decode_rate
+
+
+def test_all_workloads_are_cases_and_only_takes_some() -> None:
+    names = [case.name for case in cases((), 1.0)]
+    assert names[:5] == ["w1", "w2", "w3", "w4", "w5"]
+    assert names[5:] == [f"w6 {batch}x{context}" for batch in (1, 4, 16, 64) for context in (256, 1024)]
+    assert [case.name for case in cases(("w2", "w3"), 1.0)] == ["w2", "w3"]
+    with pytest.raises(ValueError, match="w9: the workloads are w1"):
+        cases(("w9",), 1.0)
+
+
+def test_scale_takes_fewer_requests_and_not_shorter_ones() -> None:
+    by_name = {case.name: case for case in cases((), 0.25)}
+    assert len(by_name["w1"].requests) == 16
+    assert len(by_name["w4"].requests) == 8
+    assert len(by_name["w4"].requests[0]["prompt_token_ids"]) == 1056
+    assert [name for name in by_name if name.startswith("w6")] == [
+        f"w6 {batch}x{context}" for batch in (1, 4, 16) for context in (256, 1024)
+    ]
+
+
+def test_a_decode_rate_leaves_the_prompt_out() -> None:
+    whole = {"elapsed_s": 5.0, "num_output_tokens": 128}
+    assert decode_rate(whole, {"elapsed_s": 3.0, "num_output_tokens": 4}) == (128 - 4) / 2.0
+    with pytest.raises(ValueError, match=r"1\.00 s shorter"):
+        decode_rate(whole, {"elapsed_s": 6.0, "num_output_tokens": 4})
