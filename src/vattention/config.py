@@ -65,7 +65,8 @@ class EngineConfig:
         max_num_seqs: most sequences that run at the same time, which is the number of slots.
         max_num_batched_tokens: most tokens in one forward pass; longer prompts are computed in chunks.
         max_queue: most requests waiting beside those running; the server answers 429 beyond it.
-        enable_prefix_caching: share the pages of common prefixes.
+        enable_prefix_caching: keep the memory of prompts and answers, and share it with requests that begin alike;
+            by default wherever the manager can.
         kv: the KV cache's memory manager: "virtual" maps pages behind contiguous rows as tokens arrive, "paged" is
             PagedAttention with its blocks and block tables, "reserved" takes a sequence's whole memory at once.
         kv_memory: most physical memory for the KV cache, such as "4GiB"; by default what this machine has to
@@ -90,7 +91,7 @@ class EngineConfig:
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
     max_queue: int = 1024
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool | None = None
     kv: Literal["virtual", "paged", "reserved"] = "virtual"
     kv_memory: str | int | None = None
     kv_layout: Literal["per-layer", "sliced"] = "per-layer"
@@ -102,6 +103,11 @@ class EngineConfig:
     seed: int = 0
     trust_remote_code: bool = False
     skip_tokenizer_init: bool = False
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """`enable_prefix_caching`, or what its default means."""
+        return self.kv != "reserved" if self.enable_prefix_caching is None else self.enable_prefix_caching
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):

@@ -102,12 +102,22 @@ def read_tokens(view: CacheView, slot: int, start: int, end: int) -> list[int]:
     return tokens
 
 
-def fake_manager(num_slots: int, limit_pages: int, driver: Driver | None = None) -> KVManager:
+def fake_manager(
+    num_slots: int, limit_pages: int, driver: Driver | None = None, *, prefix_cache: bool = True
+) -> KVManager:
     driver = driver or open_driver("cpu", PAGE)
     layout = plan(
-        SPECS, item_nbytes=4, num_slots=num_slots, max_len=64, page_nbytes=driver.page_nbytes, sliced=False
+        SPECS, item_nbytes=4, num_slots=2 * num_slots, max_len=64, page_nbytes=driver.page_nbytes, sliced=False
     )
-    return VirtualManager(driver, layout, dtype=torch.float32, limit_nbytes=limit_pages * PAGE, background=False)
+    return VirtualManager(
+        driver,
+        layout,
+        dtype=torch.float32,
+        limit_nbytes=limit_pages * PAGE,
+        num_slots=num_slots,
+        prefix_cache=prefix_cache,
+        background=False,
+    )
 
 
 def fake_engine(
@@ -120,6 +130,7 @@ def fake_engine(
     runner: FakeRunner | None = None,
     driver: Driver | None = None,
     swap_space: SwapSpace | None = None,
+    prefix_cache: bool = True,
 ) -> LLMEngine:
     config = EngineConfig(
         model="fake",
@@ -127,9 +138,10 @@ def fake_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         max_queue=max_queue,
         kv_memory=limit_pages * PAGE,
+        enable_prefix_caching=prefix_cache,
     )
     runner = runner or FakeRunner()
-    runner.manager = manager or fake_manager(num_slots, limit_pages, driver)
+    runner.manager = manager or fake_manager(num_slots, limit_pages, driver, prefix_cache=prefix_cache)
     parts = Parts(
         name="fake",
         manager=runner.manager,

@@ -19,10 +19,10 @@ from vattention.kv.build import create_manager
 
 MANAGERS: dict[str, dict[str, Any]] = {
     "virtual": {},
-    "virtual, prefix cache": {"enable_prefix_caching": True},
-    "paged": {"kv": "paged"},
+    "virtual, no prefix cache": {"enable_prefix_caching": False},
+    "paged": {"kv": "paged", "block_size": 4},
     "paged, blocks of a token": {"kv": "paged", "block_size": 1},
-    "paged, prefix cache": {"kv": "paged", "block_size": 4, "enable_prefix_caching": True},
+    "paged, no prefix cache": {"kv": "paged", "enable_prefix_caching": False},
     "reserved": {"kv": "reserved"},
     "reserved, pow2": {"kv": "reserved", "reservation": "pow2"},
     "reserved, oracle": {"kv": "reserved", "reservation": "oracle"},

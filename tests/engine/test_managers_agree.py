@@ -22,6 +22,8 @@ NAMES = ("llama", "mistral", "gemma3", "gpt2", "qwen3-moe")
 MANAGERS: dict[str, dict[str, Any]] = {
     "virtual": {},
     "virtual sliced": {"kv_layout": "sliced"},
+    "paged": {"kv": "paged"},
+    "paged, blocks of a token": {"kv": "paged", "block_size": 1},
 }
 
 TURN = [7, 8, 9]
@@ -40,7 +42,7 @@ def load(name: str) -> tuple[Any, list[list[int]], list[list[int]], list[list[in
 
 
 @pytest.mark.parametrize("manager", MANAGERS)
-@pytest.mark.parametrize("prefix_cache", [False], ids=["no cache"])
+@pytest.mark.parametrize("prefix_cache", [True, False], ids=["cache", "no cache"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens(name: str, prefix_cache: bool, manager: str) -> None:
     options = MANAGERS[manager] | {"enable_prefix_caching": prefix_cache}

@@ -232,7 +232,7 @@ class AsyncEngine:
     def _sleep(self) -> None:
         """Wait for work; meanwhile keep no memory that others need, and in the end none."""
         manager = self._engine.manager
-        until = time.monotonic() + (IDLE_KEEP_CACHED_S if self.config.enable_prefix_caching else IDLE_KEEP_S)
+        until = time.monotonic() + (IDLE_KEEP_CACHED_S if self.config.caches_prefixes else IDLE_KEEP_S)
         while (left := until - time.monotonic()) > 0:
             if self._wake.wait_for(self._has_work, timeout=min(left, IDLE_LOOK_S)):
                 return

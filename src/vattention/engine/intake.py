@@ -63,7 +63,7 @@ class Intake:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=self._parts.end_token_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
-            cache_salt=_cache_salt(prompt, params, request_id),
+            cache_salt=_cache_salt(prompt, params, arrival),
         )
         seed = _seed(self._seed, arrival) if params.seed is None else params.seed
         request.sequences = [
@@ -116,7 +116,7 @@ def salt_of(cache_salt: str) -> str:
     return f"salt:{cache_salt}"
 
 
-def _cache_salt(prompt: Prompt, params: SamplingParams, request_id: str) -> str:
+def _cache_salt(prompt: Prompt, params: SamplingParams, arrival: int) -> str:
     """What separates the request's prefixes from others'.
 
     One that wants its prompt's log probabilities shares with nobody: they come with computing the prompt.
@@ -124,7 +124,7 @@ def _cache_salt(prompt: Prompt, params: SamplingParams, request_id: str) -> str:
     salt = prompt.get("cache_salt", "") if isinstance(prompt, Mapping) else ""
     if not isinstance(salt, str):
         raise RequestError(f"cache_salt must be a string, not {salt!r}", param="cache_salt")
-    return salt_of(salt) if params.prompt_logprobs is None else f"request:{request_id}"
+    return salt_of(salt) if params.prompt_logprobs is None else f"request:{arrival}"
 
 
 def _seed(engine_seed: int, arrival: int) -> int:

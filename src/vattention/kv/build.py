@@ -48,7 +48,7 @@ def _virtual(
 ) -> KVManager:
     place = _rows(driver, config, specs, dtype, max_len)
     layout = place(num_slots=config.max_num_seqs)
-    if config.enable_prefix_caching:
+    if config.caches_prefixes:
         layout = place(num_slots=_num_rows(layout))
     return VirtualManager(
         driver,
@@ -56,7 +56,7 @@ def _virtual(
         dtype=dtype,
         limit_nbytes=_limit(config),
         num_slots=config.max_num_seqs,
-        prefix_cache=config.enable_prefix_caching,
+        prefix_cache=config.caches_prefixes,
     )
 
 
@@ -107,7 +107,7 @@ def _paged(
         block_size=config.block_size,
         dtype=dtype,
         limit_nbytes=_limit(config),
-        prefix_caching=config.enable_prefix_caching,
+        prefix_caching=config.caches_prefixes,
     )
 
 
