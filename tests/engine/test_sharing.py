@@ -13,8 +13,8 @@ from vattention.sampling_params import SamplingParams
 PROMPT = [5 + i % 40 for i in range(30)]
 
 
-def sharing_engine(runner: FakeRunner, **options: int) -> LLMEngine:
-    return fake_engine(runner=runner, max_num_batched_tokens=options.pop("budget", 64), **options)
+def sharing_engine(runner: FakeRunner, num_slots: int = 4) -> LLMEngine:
+    return fake_engine(runner=runner, max_num_batched_tokens=64, num_slots=num_slots)
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -115,7 +115,7 @@ def test_salts_separate_prefixes() -> None:
         cached.append(output.num_cached_tokens)
     assert cached == [0, 0, 29]
     with pytest.raises(RequestError, match="cache_salt"):
-        engine.prepare("y", {"prompt_token_ids": PROMPT, "cache_salt": 3}, greedy(2))  # type: ignore[typeddict-item]
+        engine.prepare("y", {"prompt_token_ids": PROMPT, "cache_salt": 3}, greedy(2))  # type: ignore[arg-type]
 
 
 def test_prompt_logprobs_come_with_computing_the_whole_prompt() -> None:
