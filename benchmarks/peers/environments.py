@@ -82,6 +82,9 @@ LLAMACPP = Environment(
     build={
         "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF",
         "CMAKE_BUILD_PARALLEL_LEVEL": "1",
+        # GCC 12's header tells the compiler of 8 of the 64 bytes that ldtilecfg reads, so it drops stores to the
+        # others as dead, and quantised models fault on processors with AMX.
+        "CXXFLAGS": "-fno-tree-dse -fno-dse",
     },
 )
 

@@ -3,7 +3,7 @@
     nice -n 19 python -m benchmarks.peers.install            # all
     nice -n 19 python -m benchmarks.peers.install vllm       # one
 
-llama.cpp is compiled for this processor, which takes about 40 minutes on one core.
+llama.cpp is compiled for this processor, which takes 20 minutes or more on one core.
 """
 
 from __future__ import annotations
