@@ -203,6 +203,20 @@ def test_what_lies_behind_a_window_is_warm_and_goes_before_a_request_fails(cache
     holds(cache, placement.slot, tokens[:88])
 
 
+def test_a_sequence_gives_up_what_lies_behind_its_own_window(cache: VirtualManager) -> None:
+    tokens = list(range(MAX_LEN))
+    windowed = cache._layout.groups[1]
+    cache.set_limit(cache._layout.sequence_nbytes(MAX_LEN) + len(windowed.planes) * PAGE)
+    assert cache.fits(MAX_LEN)
+    slot = cache.take(tokens).slot
+    for end in range(1, MAX_LEN + 1):
+        compute(cache, slot, tokens[:end], end - 1)
+    holds(cache, slot, tokens)
+    cache.set_limit(0)
+    cache.ensure(slot, MAX_LEN, MAX_LEN)
+    assert cache.accounts().warm_nbytes == 0
+
+
 def test_worthless_memory_goes_before_cached_and_that_by_last_use(cache: VirtualManager) -> None:
     prompts = [[i, *PROMPT] for i in range(3)]
     for prompt in prompts:

@@ -166,6 +166,12 @@ class Layout:
         """Bytes of one token over all layers."""
         return sum(group.token_nbytes for group in self.groups)
 
+    def sequence_nbytes(self, num_tokens: int) -> int:
+        """Pages of one sequence of so many tokens, about to compute its last."""
+        return self.page_nbytes * sum(
+            group.num_pages(group.first_needed(num_tokens - 1), num_tokens) for group in self.groups
+        )
+
 
 def plan(
     specs: Sequence[AttentionSpec],

@@ -54,6 +54,8 @@ class Reclaimer:
         """Take back at least `nbytes` of memory, but for that of `keep`, if there is so much; returns how much."""
         pool = self._backing.pool
         before = pool.in_use_nbytes
+        if nbytes <= 0:
+            return 0
         for slot, take_back in self._offers():
             if pool.in_use_nbytes <= before - nbytes:
                 break

@@ -136,10 +136,11 @@ class VirtualManager:
                 self._backing.clear_windows(record)
                 written = 0
             if written < record.shared:
-                self._reclaimer.provide(lambda: self._backing.own(record, written), (record,))
+                self._reclaimer.provide(lambda: self._backing.own(record, written))
             # Its own memory behind the window counts as well: alone, a sequence has nobody else's.
             self._reclaimer.provide(lambda: self._backing.grow(record, start, end))
             record.num_tokens = end
+            self._reclaimer.reclaim(self.excess_nbytes)
 
     def prefetch(self, wants: Sequence[tuple[int, int, int]]) -> None:
         if self._mapper is not None:
@@ -193,14 +194,14 @@ class VirtualManager:
             self.set_limit(self._pool.in_use_nbytes + self._pool.idle_nbytes + available)
 
     def fits(self, num_tokens: int) -> bool:
-        return num_tokens <= self.max_len and self._nbytes(num_tokens) <= self._pool.limit_nbytes
+        return num_tokens <= self.max_len and self._layout.sequence_nbytes(num_tokens) <= self._pool.limit_nbytes
 
     def has_room(self, num_tokens: int) -> bool:
         with self._lock:
             if self.num_free_slots == 0:
                 return False
             live = self._census.needs(self._table.live()).num_pages * self._layout.page_nbytes
-            return live + self._nbytes(num_tokens) <= self._pool.limit_nbytes
+            return live + self._layout.sequence_nbytes(num_tokens) <= self._pool.limit_nbytes
 
     @property
     def excess_nbytes(self) -> int:
@@ -229,12 +230,6 @@ class VirtualManager:
             self._backing.close()
             self._pool.release_idle()
             self._driver.close()
-
-    def _nbytes(self, num_tokens: int) -> int:
-        """Memory of one sequence of so many tokens, about to compute its last."""
-        return self._layout.page_nbytes * sum(
-            group.num_pages(group.first_needed(num_tokens - 1), num_tokens) for group in self._layout.groups
-        )
 
     def _live(self, slot: int) -> Slot:
         record = self._table.slots[slot]
