@@ -133,9 +133,9 @@ def recount(cache: VirtualManager) -> None:
     needed = np.concatenate(parts)
     distinct = len(np.unique(needed))
     accounts = cache.accounts()
-    assert accounts.mapped_nbytes == len(used) * size
+    assert accounts.mapped_nbytes == len(used) * size + pool.idle_nbytes
     assert accounts.live_nbytes == distinct * size
     assert accounts.shared_nbytes == (len(needed) - distinct) * size
     assert accounts.token_nbytes == num_tokens_nbytes
-    assert accounts.warm_nbytes == accounts.mapped_nbytes - accounts.live_nbytes + pool.idle_nbytes
+    assert accounts.warm_nbytes == accounts.mapped_nbytes - accounts.live_nbytes
     assert accounts.mapped_nbytes <= accounts.limit_nbytes + cache.excess_nbytes
