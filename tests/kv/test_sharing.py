@@ -307,6 +307,16 @@ def test_runs_are_all_that_a_slot_has_to_give(cache: VirtualManager) -> None:
     holds(cache, other, PROMPT)
 
 
+def test_a_restored_sequence_can_begin_anew(cache: VirtualManager) -> None:
+    slot = cache.take(()).slot
+    cache.ensure(slot, WINDOW, WINDOW)
+    cache.trim(slot, 0)
+    compute(cache, slot, PROMPT[:1], 0)
+    holds(cache, slot, PROMPT[:1])
+    for group in cache._layout.groups:
+        assert len(cache._backing.region.missing(group.pages(slot, 0, 1))) == 0
+
+
 def test_what_is_copied_into_a_slot_reaches_no_other(cache: VirtualManager) -> None:
     first = cache.take(PROMPT).slot
     compute(cache, first, PROMPT, 0)

@@ -63,16 +63,13 @@ class Backing:
         wanted = []
         grown = []
         for group, extent in zip(self.layout.groups, slot.extents, strict=True):
-            if end <= extent.last:
+            empty = extent.first == extent.last
+            if end <= extent.last and not empty:
                 continue
+            first, mapped = (group.first_needed(start),) * 2 if empty else (extent.first, extent.last)
             last = min(-(-end // group.step) * group.step, self.layout.max_len)
-            if extent.last > extent.first:
-                wanted.append(group.pages(slot.index, extent.last, last))
-                grown.append((extent, extent.first, last))
-            else:
-                first = group.first_needed(start)
-                wanted.append(group.pages(slot.index, first, last))
-                grown.append((extent, first, last))
+            wanted.append(group.pages(slot.index, mapped, last))
+            grown.append((extent, first, max(first, last)))
         if not grown:
             return
         missing = self.region.missing(np.concatenate(wanted))
