@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    multiple,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.kv.managers import MAX_LEN, PAGE, SPECS, check, grow, meaning, paged, rows, write
 from tests.memory.faulty import METHODS, FaultyDriver
@@ -28,15 +20,19 @@ from vattention.kv.paged import GROWTH, PagedManager
 from vattention.memory import open_driver
 from vattention.memory.null import NullDriver
 
-tokens = st.lists(st.integers(0, 1), min_size=1, max_size=40)
-salts = st.sampled_from(["", "a"])
+BASE = [[i * k % 7 for i in range(48)] for k in (1, 3)]
+prompts = st.tuples(st.sampled_from(BASE), st.integers(1, 40), st.lists(st.integers(0, 1), max_size=2)).map(
+    lambda drawn: drawn[0][: drawn[1]] + drawn[2]
+)
+"""Of two kinds, so that prefixes meet."""
+
+salts = st.sampled_from(["", "", "a"])
 faults = st.none() | st.tuples(st.sampled_from(METHODS), st.booleans())
+which = st.integers(0, 3)
 
 
 class PagedMachine(RuleBasedStateMachine):
-    """Sequences of few different tokens, so that prefixes meet, under a changing limit and with failing drivers."""
-
-    slots = Bundle("slots")
+    """Sequences whose prefixes meet, under a changing limit and with failing drivers."""
 
     @initialize(sliced=st.booleans(), caching=st.booleans(), block_size=st.sampled_from([1, 2, 4, 7, 16]))
     def reserve(self, sliced: bool, caching: bool, block_size: int) -> None:
@@ -57,12 +53,32 @@ class PagedMachine(RuleBasedStateMachine):
         finally:
             self.driver.heal()
 
-    @rule(target=slots, prompt=tokens, salt=salts)
-    def take(self, prompt: list[int], salt: str) -> object:
+    def running(self, which: int) -> int | None:
+        """One of the running sequences' slots, if there is any."""
+        slots = sorted(self.tokens)
+        return slots[which % len(slots)] if slots else None
+
+    def compute(self, slot: int, count: int, more: list[int], tells: bool) -> None:
+        """The next chunk of the prompt, or new tokens behind it."""
+        known, start = self.tokens[slot], self.written[slot]
+        if start == len(known):
+            known = known + more
+        end = min(start + count, len(known), MAX_LEN)
+        if end <= start:
+            return
+        with contextlib.suppress(OutOfMemoryError, DriverError):
+            self.cache.ensure(slot, start, end)
+            self.tokens[slot], self.written[slot] = known, end
+            write(self.cache, slot, start, meaning(known[:end], self.salts[slot])[start:])
+            if tells and start < self.promised[slot]:
+                self.cache.computed(slot, end)
+
+    @rule(prompt=prompts, salt=salts, count=st.integers(0, 40))
+    def take(self, prompt: list[int], salt: str, count: int) -> None:
         if self.cache.num_free_slots == 0:
             with pytest.raises(OutOfMemoryError, match="max_num_seqs"):
                 self.cache.take(prompt)
-            return multiple()
+            return
         placement = self.cache.take(prompt, salt=salt)
         slot = placement.slot
         assert slot not in self.tokens
@@ -70,48 +86,50 @@ class PagedMachine(RuleBasedStateMachine):
         assert placement.num_cached_tokens % self.block_size == 0
         self.tokens[slot], self.written[slot] = prompt, placement.num_cached_tokens
         self.promised[slot], self.salts[slot] = len(prompt), salt
-        return slot
+        if count:
+            self.compute(slot, count, [], tells=True)
 
-    @rule(slot=slots, more=tokens, count=st.integers(1, 20), tells=st.booleans(), fault=faults)
-    def step(self, slot: int, more: list[int], count: int, tells: bool, fault: tuple[str, bool] | None) -> None:
-        """Compute the next chunk of the prompt, or new tokens behind it."""
-        known, start = self.tokens[slot], self.written[slot]
-        if start == len(known):
-            known = known + more
-        end = min(start + count, len(known), MAX_LEN)
-        if end <= start:
+    @rule(which=which, more=st.lists(st.integers(0, 1), min_size=1), count=st.integers(1, 20), tells=st.booleans())
+    def step(self, which: int, more: list[int], count: int, tells: bool) -> None:
+        if (slot := self.running(which)) is not None:
+            self.compute(slot, count, more, tells)
+
+    @rule(steps=st.integers(1, 5), first=st.integers(0, 9), fault=faults)
+    def decode(self, steps: int, first: int, fault: tuple[str, bool] | None) -> None:
+        """Every sequence computes what is left of its prompt, then some tokens that are its own."""
+        with self.failing(fault):
+            for step in range(steps):
+                for slot in sorted(self.tokens):
+                    self.compute(slot, MAX_LEN, [first + step + slot], tells=True)
+
+    @rule(which=which, back=st.integers(0, 12))
+    def fork(self, which: int, back: int) -> None:
+        if (slot := self.running(which)) is None:
             return
-        with self.failing(fault), contextlib.suppress(OutOfMemoryError, DriverError):
-            self.cache.ensure(slot, start, end)
-            self.tokens[slot], self.written[slot] = known, end
-            write(self.cache, slot, start, meaning(known[:end], self.salts[slot])[start:])
-            if tells and start < self.promised[slot]:
-                self.cache.computed(slot, end)
-
-    @rule(target=slots, slot=slots, back=st.integers(0, 12))
-    def fork(self, slot: int, back: int) -> object:
         length = max(self.written[slot] - back, 0)
-        try:
-            fork = self.cache.fork(slot, length)
-        except OutOfMemoryError:
-            assert self.cache.num_free_slots == 0
-            return multiple()
-        except ValueError:  # a window has passed it
-            return multiple()
-        self.tokens[fork], self.written[fork] = self.tokens[slot][:length], length
-        self.promised[fork], self.salts[fork] = 0, self.salts[slot]
-        return fork
+        with contextlib.suppress(ValueError):  # a window has passed it
+            try:
+                fork = self.cache.fork(slot, length)
+            except OutOfMemoryError:
+                assert self.cache.num_free_slots == 0
+                return
+            self.tokens[fork], self.written[fork] = self.tokens[slot][:length], length
+            self.promised[fork], self.salts[fork] = 0, self.salts[slot]
 
-    @rule(slot=slots, back=st.integers(1, 12))
-    def trim(self, slot: int, back: int) -> None:
+    @rule(which=which, back=st.integers(1, 12))
+    def trim(self, which: int, back: int) -> None:
+        if (slot := self.running(which)) is None:
+            return
         length = max(self.written[slot] - back, 0)
         with contextlib.suppress(ValueError):
             self.cache.trim(slot, length)
             self.tokens[slot], self.written[slot] = self.tokens[slot][:length], length
             self.promised[slot] = min(self.promised[slot], length)
 
-    @rule(slot=consumes(slots), tells=st.booleans(), fault=faults)
-    def release(self, slot: int, tells: bool, fault: tuple[str, bool] | None) -> None:
+    @rule(which=which, tells=st.booleans(), fault=faults)
+    def release(self, which: int, tells: bool, fault: tuple[str, bool] | None) -> None:
+        if (slot := self.running(which)) is None:
+            return
         with self.failing(fault):
             self.cache.release(slot, self.tokens[slot][: self.written[slot]] if tells else None)
         self.forget(slot)
@@ -120,9 +138,11 @@ class PagedMachine(RuleBasedStateMachine):
         for state in (self.tokens, self.written, self.promised, self.salts):
             del state[slot]
 
-    @rule(target=slots, slot=consumes(slots))
-    def swap(self, slot: int) -> object:
+    @rule(which=which)
+    def swap(self, which: int) -> None:
         """Out of the cache and into another slot, as a preempted sequence."""
+        if (slot := self.running(which)) is None:
+            return
         length = self.written[slot]
         known, salt = self.tokens[slot][:length], self.salts[slot]
         image = [run.clone() for run in self.cache.runs(slot, length)]
@@ -133,14 +153,13 @@ class PagedMachine(RuleBasedStateMachine):
             self.cache.ensure(slot, length, length)
         except OutOfMemoryError:
             self.cache.release(slot)
-            return multiple()
+            return
         for source, target in zip(image, self.cache.runs(slot, length), strict=True):
             assert source.shape == target.shape
             target.copy_(source)
         self.tokens[slot], self.written[slot], self.promised[slot], self.salts[slot] = known, length, 0, salt
-        return slot
 
-    @rule(pages=st.integers(5, 250), fault=faults)
+    @rule(pages=st.integers(20, 250), fault=faults)
     def set_limit(self, pages: int, fault: tuple[str, bool] | None) -> None:
         with self.failing(fault), contextlib.suppress(DriverError):
             self.cache.set_limit(pages * PAGE)
