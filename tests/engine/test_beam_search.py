@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from tests.engine.beam_reference import coarse_logits, model_logits, search
 from tests.engine.fakes import END, PAGE, VOCAB, FakeRunner, fake_engine
+from tests.engine.test_every_manager import MANAGERS, engine_over
 from tests.engine.test_parity import MAX_LEN, engine_for, generated, prompts_for
 from tests.engine.test_scheduler import run
 from tests.model.architectures import ARCHITECTURES
@@ -262,9 +263,8 @@ def test_best_of_returns_the_likeliest_samples_best_first() -> None:
 class SearchMachine(RuleBasedStateMachine):
     """Searches and samples of all kinds under a limit that moves, with aborts."""
 
-    @initialize(slots=st.integers(3, 8), budget=st.integers(1, 30), pages=st.integers(60, 200))
-    def build(self, slots: int, budget: int, pages: int) -> None:
-        self.engine = coarse_engine(num_slots=slots, max_num_batched_tokens=budget, limit_pages=pages)
+    def start(self, engine: LLMEngine) -> None:
+        self.engine = engine
         self.wanted: dict[str, tuple[list[int], int, int]] = {}
         self.outputs: dict[str, RequestOutput] = {}
         self.aborted: set[str] = set()
@@ -320,8 +320,21 @@ class SearchMachine(RuleBasedStateMachine):
         self.engine.close()
 
 
-TestSearchMachine = SearchMachine.TestCase
-TestSearchMachine.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+@pytest.mark.parametrize("options", MANAGERS.values(), ids=MANAGERS)
+def test_histories(options: dict[str, Any]) -> None:
+    class Machine(SearchMachine):
+        @initialize(slots=st.integers(3, 8), budget=st.integers(1, 30), pages=st.integers(60, 200))
+        def build(self, slots: int, budget: int, pages: int) -> None:
+            self.start(
+                engine_over(options, num_slots=slots, limit_pages=pages, budget=budget, runner=CoarseRunner())
+            )
+
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=5, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
 
 
 @pytest.mark.parametrize(
