@@ -138,8 +138,8 @@ def check(cache: KVManager, slot: int, numbers: Sequence[float], specs: Sequence
         first = 0 if spec.window is None else max(0, len(numbers) - spec.window + 1)
         keys, values = rows(cache.layer(layer), slot, first, len(numbers))
         expected = torch.tensor(numbers[first:]) + layer / 8
-        for got in (keys[:, 0, 0], keys[:, 0, -1], -values[:, 0, 0], -values[:, 0, -1]):
-            assert torch.equal(got, expected), (layer, first)
+        got = torch.stack((keys[:, 0, 0], keys[:, 0, -1], -values[:, 0, 0], -values[:, 0, -1]))
+        assert torch.equal(got, expected.expand(4, -1)), (layer, first)
 
 
 def grow(

@@ -34,7 +34,11 @@ which = st.integers(0, 3)
 class PagedMachine(RuleBasedStateMachine):
     """Sequences whose prefixes meet, under a changing limit and with failing drivers."""
 
-    @initialize(sliced=st.booleans(), caching=st.booleans(), block_size=st.sampled_from([1, 2, 4, 7, 16]))
+    @initialize(
+        sliced=st.booleans(),
+        caching=st.sampled_from([True, True, False]),
+        block_size=st.sampled_from([1, 2, 4, 7, 16]),
+    )
     def reserve(self, sliced: bool, caching: bool, block_size: int) -> None:
         self.driver = FaultyDriver(open_driver("cpu", PAGE))
         self.cache = paged(self.driver, sliced=sliced, caching=caching, block_size=block_size)
@@ -73,8 +77,15 @@ class PagedMachine(RuleBasedStateMachine):
             if tells and start < self.promised[slot]:
                 self.cache.computed(slot, end)
 
-    @rule(prompt=prompts, salt=salts, count=st.integers(0, 40))
-    def take(self, prompt: list[int], salt: str, count: int) -> None:
+    @rule(
+        prompt=prompts,
+        salt=salts,
+        count=st.integers(0, 40),
+        backs=st.lists(st.integers(0, 3), max_size=2),
+        steps=st.integers(0, 4),
+    )
+    def take(self, prompt: list[int], salt: str, count: int, backs: list[int], steps: int) -> None:
+        """A sequence comes and is computed so far, forks, and goes on with all others."""
         if self.cache.num_free_slots == 0:
             with pytest.raises(OutOfMemoryError, match="max_num_seqs"):
                 self.cache.take(prompt)
@@ -88,24 +99,33 @@ class PagedMachine(RuleBasedStateMachine):
         self.promised[slot], self.salts[slot] = len(prompt), salt
         if count:
             self.compute(slot, count, [], tells=True)
+        for back in backs:
+            self.fork(slot, back)
+        self.decode(steps)
 
     @rule(which=which, more=st.lists(st.integers(0, 1), min_size=1), count=st.integers(1, 20), tells=st.booleans())
     def step(self, which: int, more: list[int], count: int, tells: bool) -> None:
         if (slot := self.running(which)) is not None:
             self.compute(slot, count, more, tells)
 
-    @rule(steps=st.integers(1, 5), first=st.integers(0, 9), fault=faults)
-    def decode(self, steps: int, first: int, fault: tuple[str, bool] | None) -> None:
+    def decode(self, steps: int) -> None:
         """Every sequence computes what is left of its prompt, then some tokens that are its own."""
-        with self.failing(fault):
-            for step in range(steps):
-                for slot in sorted(self.tokens):
-                    self.compute(slot, MAX_LEN, [first + step + slot], tells=True)
+        for step in range(steps):
+            for slot in sorted(self.tokens):
+                self.compute(slot, MAX_LEN, [step + slot], tells=True)
 
-    @rule(which=which, back=st.integers(0, 12))
-    def fork(self, which: int, back: int) -> None:
-        if (slot := self.running(which)) is None:
-            return
+    @rule(steps=st.integers(1, 5), fault=faults)
+    def decode_all(self, steps: int, fault: tuple[str, bool] | None) -> None:
+        with self.failing(fault):
+            self.decode(steps)
+
+    @rule(which=which, back=st.integers(0, 12), steps=st.integers(0, 3))
+    def fork_some(self, which: int, back: int, steps: int) -> None:
+        if (slot := self.running(which)) is not None:
+            self.fork(slot, back)
+            self.decode(steps)
+
+    def fork(self, slot: int, back: int) -> None:
         length = max(self.written[slot] - back, 0)
         with contextlib.suppress(ValueError):  # a window has passed it
             try:
@@ -116,8 +136,8 @@ class PagedMachine(RuleBasedStateMachine):
             self.tokens[fork], self.written[fork] = self.tokens[slot][:length], length
             self.promised[fork], self.salts[fork] = 0, self.salts[slot]
 
-    @rule(which=which, back=st.integers(1, 12))
-    def trim(self, which: int, back: int) -> None:
+    @rule(which=which, back=st.integers(1, 12), steps=st.integers(0, 2))
+    def trim(self, which: int, back: int, steps: int) -> None:
         if (slot := self.running(which)) is None:
             return
         length = max(self.written[slot] - back, 0)
@@ -125,6 +145,7 @@ class PagedMachine(RuleBasedStateMachine):
             self.cache.trim(slot, length)
             self.tokens[slot], self.written[slot] = self.tokens[slot][:length], length
             self.promised[slot] = min(self.promised[slot], length)
+            self.decode(steps)
 
     @rule(which=which, tells=st.booleans(), fault=faults)
     def release(self, which: int, tells: bool, fault: tuple[str, bool] | None) -> None:
@@ -192,9 +213,8 @@ class PagedMachine(RuleBasedStateMachine):
                 held = sequence.held[index]
                 assert held.capacity == held.last * self.block_size
                 count.update(group.rows[slot, held.first : held.last].tolist())
-            assert {
-                b: int(pool.references([b])[0]) for b in range(pool.num_used) if pool.references([b])[0]
-            } == count
+            references = pool.references(np.arange(pool.num_used))
+            assert {block: int(references[block]) for block in references.nonzero()[0].tolist()} == count
             assert (pool.num_live, pool.num_references) == (len(count), count.total())
             kinds = [*pool._free, *pool._bare, *pool._idle, *count]
             assert sorted(kinds) == list(range(pool.num_used))
@@ -530,4 +550,29 @@ def test_keys_and_values_of_different_sizes() -> None:
     keys, values = rows(cache.layer(0), other, 0, 50)
     assert keys.shape == (50, 3, 80)
     assert values.shape == (50, 3, 48)
+    cache.close()
+
+
+def test_tokens_that_were_not_copied_in_are_not_there() -> None:
+    """A window's first block is held whole, but copied in from the first token that is read on."""
+    cache = paged(caching=True)
+    tokens = list(range(16))
+    slot = cache.take(tokens).slot
+    grow(cache, slot, tokens, 0)
+    image = [run.clone() for run in cache.runs(slot, 16)]
+    cache.release(slot)
+    cache.drop_warm()
+    slot = cache.take([]).slot
+    cache.ensure(slot, 16, 16)
+    for source, target in zip(image, cache.runs(slot, 16), strict=True):
+        target.copy_(source)
+    with pytest.raises(ValueError, match="begins at token 11"):
+        cache.trim(slot, 15)
+    with pytest.raises(ValueError, match="begins at token 11"):
+        cache.fork(slot, 15)
+    fork = cache.fork(slot, 16)
+    cache.release(slot, tokens)
+    cache.release(fork, tokens)
+    placement = cache.take([*tokens[:12], 99, 98])
+    check(cache, placement.slot, meaning(tokens[: placement.num_cached_tokens]))
     cache.close()

@@ -46,7 +46,8 @@ class Held:
         capacity: tokens that the blocks reach to.
         guarded: tokens before this one may lie in blocks that others hold, or that the prefix cache knows.
         expires: from a query at this position on, block `first` lies behind the window.
-        whole: blocks before this entry lack tokens of theirs, where some were copied in.
+        begin: tokens before this one may be missing, though their block is held: where tokens were copied in, they
+            are just those that the next one reads.
     """
 
     first: int = 0
@@ -54,7 +55,7 @@ class Held:
     capacity: int = 0
     guarded: int = 0
     expires: int = sys.maxsize
-    whole: int = 0
+    begin: int = 0
 
 
 @dataclass(slots=True)
@@ -218,6 +219,7 @@ class PagedManager:
                 group.write(fork, first, blocks)
                 self._set(group, held, first, last)
                 held.guarded = held.capacity
+                held.begin = theirs.begin
                 theirs.guarded = max(theirs.guarded, held.capacity)
             return fork
 
@@ -312,7 +314,7 @@ class PagedManager:
             for sequence in self._running():
                 for group, held in zip(self._groups, sequence.held, strict=True):
                     first = group.layers.first_needed(max(sequence.num_tokens - 1, 0))
-                    first = max(first, held.first * self._block_size)
+                    first = max(first, held.begin, held.first * self._block_size)
                     tokens += max(sequence.num_tokens - first, 0) * group.layers.token_nbytes
             return Accounts(
                 reserved_nbytes=self._region.nbytes,
@@ -390,10 +392,11 @@ class PagedManager:
         if num_tokens > sequence.num_tokens:
             raise ValueError(f"slot {slot} has {sequence.num_tokens} tokens, not {num_tokens}")
         for group, held in zip(self._groups, sequence.held, strict=True):
-            if group.layers.first_needed(num_tokens) // self._block_size < held.first:
+            first = max(held.begin, held.first * self._block_size)
+            if group.layers.first_needed(num_tokens) < first:
                 raise ValueError(
                     f"slot {slot} cannot go back to {num_tokens} tokens: its window of {group.layers.window} "
-                    f"tokens begins at token {held.first * self._block_size} by now"
+                    f"tokens begins at token {first} by now"
                 )
 
     def _num_hits(self, keys: Sequence[bytes], num_tokens: int) -> int:
@@ -438,7 +441,7 @@ class PagedManager:
         if num_blocks <= begin:
             return
         for group, held in zip(self._groups, sequence.held, strict=True):
-            first, last = max(begin, held.first, held.whole), min(num_blocks, held.last)
+            first, last = max(begin, held.first, -(-held.begin // self._block_size)), min(num_blocks, held.last)
             blocks = group.rows[slot, first:last].tolist()
             for block, key in zip(blocks, sequence.keys[first:last], strict=True):
                 group.pool.register(block, key)
@@ -464,10 +467,6 @@ class PagedManager:
         if end > self._max_len:
             raise ValueError(f"slot {slot} cannot hold {end} tokens; the longest sequence has {self._max_len}")
         size = self._block_size
-        if start > sequence.num_tokens and start % size:
-            # Tokens will be copied in: fewer than a hit at the last whole block before `start` would read.
-            for group, held in zip(self._groups, sequence.held, strict=True):
-                held.whole = -(-group.layers.first_needed(start) // size)
         self._give_back_behind(slot, sequence, start)
         # Per group, the entries of the table to write, and how many of them hold blocks that others hold as well.
         entries: list[tuple[list[int], int]] = []
@@ -499,6 +498,8 @@ class PagedManager:
                 if end >= held.guarded:
                     held.guarded = start // size * size
             self._set(group, held, held.first, max(held.last, -(-end // size)))
+            if start > sequence.num_tokens:
+                held.begin = group.layers.first_needed(start)
         if start < sequence.num_registered * size:
             self._unlearn(sequence, start)
 
