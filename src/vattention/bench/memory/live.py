@@ -9,7 +9,7 @@ import numpy as np
 from vattention.bench.memory.meter import Meter
 from vattention.bench.memory.prefix import LIVE_VOCAB
 from vattention.bench.memory.trace import Lengths
-from vattention.bench.memory.variants import Variant
+from vattention.bench.memory.variants import NOTHING_CACHED, Variant
 from vattention.config import EngineConfig
 from vattention.engine.engine import LLMEngine
 from vattention.sampling_params import SamplingParams
@@ -31,7 +31,11 @@ def live_usage(model: str, variant: Variant, *, count: int, seed: int) -> tuple[
     rng = np.random.default_rng([seed, count])
     prompts, outputs = LIVE_PROMPTS.draw(rng, count), LIVE_OUTPUTS.draw(rng, count)
     config = EngineConfig(
-        model=model, max_model_len=MAX_MODEL_LEN, max_num_seqs=count, kv_memory=LIVE_LIMIT, **variant.options
+        model=model,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=count,
+        kv_memory=LIVE_LIMIT,
+        **{**NOTHING_CACHED, **variant.options},
     )
     engine = LLMEngine.from_config(config)
     meter = Meter()

@@ -17,7 +17,7 @@ from vattention.bench.memory.pages import Lengths
 from vattention.bench.memory.scenarios import Scenario
 from vattention.bench.memory.shapes import kv_nbytes
 from vattention.bench.memory.trace import Trace
-from vattention.bench.memory.variants import Variant
+from vattention.bench.memory.variants import NOTHING_CACHED, Variant
 from vattention.config import EngineConfig
 from vattention.core import TokensPrompt
 from vattention.engine.engine import LLMEngine
@@ -74,7 +74,7 @@ def simulated_engine(
         model=model.name,
         max_num_seqs=scenario.max_num_seqs,
         kv_memory=kv_nbytes(model, scenario.device),
-        **variant.options,
+        **{**NOTHING_CACHED, **variant.options},
     )
     manager = Ahead(create_manager(config, model.specs, dtype=torch.bfloat16, device="meta", max_len=model.max_len))
     parts = Parts(
@@ -167,6 +167,7 @@ class Run:
             if self.num_steps % READ_EVERY == 0:
                 yield device.now_s - read_s
                 read_s = device.now_s
+        yield device.now_s - read_s
 
     def _num_begun(self) -> int:
         return sum(request.metrics.first_scheduled_time is not None for request in self.requests)

@@ -22,6 +22,10 @@ class Variant:
     paper: str | None = None
 
 
+NOTHING_CACHED: Mapping[str, Any] = {"enable_prefix_caching": False}
+"""Of `EngineConfig`, where a variant says nothing of it: requests have nothing in common unless that is measured."""
+
+
 def virtual(page_size: str, kv_layout: str) -> Variant:
     """This project's manager."""
     return Variant(
