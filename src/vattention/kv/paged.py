@@ -99,6 +99,11 @@ class BlockGroup:
             self.table[slot, first:last] = torch.from_numpy(self.rows[slot, first:last])
 
 
+def _partial(key: bytes) -> bytes:
+    """The key of a block that lacks its first tokens, all that a window does not reach from a later block's end."""
+    return key + b"partial"
+
+
 class PagedManager:
     """`KVManager` over pools of blocks.
 
@@ -419,17 +424,28 @@ class PagedManager:
         end = index = longest
         while index > group.layers.first_needed(end * self._block_size) // self._block_size:
             index -= 1
-            if group.pool.find(keys[index]) is None:
+            if self._find(group, keys, index, end) is None:
                 end = index
         return end
+
+    def _find(self, group: BlockGroup, keys: Sequence[bytes], index: int, end: int) -> int | None:
+        """A block with the tokens of `keys[index]`, or with those that the token behind `end` blocks reads."""
+        block = group.pool.find(keys[index])
+        if block is None and group.layers.first_needed(end * self._block_size) > index * self._block_size:
+            block = group.pool.find(_partial(keys[index]))
+        return block
 
     def _adopt(self, slot: int, sequence: PagedSequence, num_hits: int) -> None:
         """Begin a new sequence with the first blocks of `sequence.keys`, which the cache can give."""
         sequence.num_tokens = num_hits * self._block_size
         sequence.num_registered = num_hits
         for group, held in zip(self._groups, sequence.held, strict=True):
-            first = group.layers.first_needed(sequence.num_tokens) // self._block_size
-            blocks = [block for key in sequence.keys[first:num_hits] if (block := group.pool.find(key)) is not None]
+            needed = group.layers.first_needed(sequence.num_tokens)
+            first = needed // self._block_size
+            found = (self._find(group, sequence.keys, index, num_hits) for index in range(first, num_hits))
+            blocks = [block for block in found if block is not None]
+            if first < num_hits and group.pool.find(sequence.keys[first]) is None:
+                held.begin = needed
             group.pool.share(blocks)
             group.write(slot, first, blocks)
             self._set(group, held, first, num_hits)
@@ -440,12 +456,18 @@ class PagedManager:
         begin = sequence.num_registered
         if num_blocks <= begin:
             return
+        size = self._block_size
         for group, held in zip(self._groups, sequence.held, strict=True):
-            first, last = max(begin, held.first, -(-held.begin // self._block_size)), min(num_blocks, held.last)
-            blocks = group.rows[slot, first:last].tolist()
-            for block, key in zip(blocks, sequence.keys[first:last], strict=True):
-                group.pool.register(block, key)
-            held.guarded = max(held.guarded, last * self._block_size)
+            first, last = max(begin, held.first, held.begin // size), min(num_blocks, held.last)
+            keys = sequence.keys[first:last]
+            if keys and first * size < held.begin:
+                # Only for a hit whose window begins with the first token that was copied in.
+                serves_a_hit = (held.begin + (group.layers.window or 0) - 1) % size == 0
+                keys[0] = _partial(keys[0]) if serves_a_hit else b""
+            for block, key in zip(group.rows[slot, first:last].tolist(), keys, strict=True):
+                if key:
+                    group.pool.register(block, key)
+            held.guarded = max(held.guarded, last * size)
         sequence.num_registered = num_blocks
 
     def _cease(self, keys: Sequence[bytes]) -> None:

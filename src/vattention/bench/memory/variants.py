@@ -23,7 +23,7 @@ class Variant:
 
 
 NOTHING_CACHED: Mapping[str, Any] = {"enable_prefix_caching": False}
-"""Of `EngineConfig`, where a variant says nothing of it: requests have nothing in common unless that is measured."""
+"""Of `EngineConfig`, where a variant says nothing of it: requests share nothing unless that is measured."""
 
 
 def virtual(page_size: str, kv_layout: str) -> Variant:
