@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from tests.engine.test_every_manager import MANAGERS, engine_over
 from tests.engine.test_parity import MAX_LEN, engine_for, generated, prompts_for
 from tests.engine.test_scheduler import run
 from tests.model.architectures import ARCHITECTURES
+from vattention.core import Chunk
 from vattention.engine.engine import LLMEngine
-from vattention.errors import OutOfMemoryError, RequestError
+from vattention.errors import DriverError, OutOfMemoryError, RequestError
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
 
@@ -212,6 +214,53 @@ def test_a_failing_forward_ends_the_whole_search(fail_at: int) -> None:
     assert outputs["x"].outputs[0].finish_reason == "error"
     check(outputs["later"], PROMPT[:5], 4, 5)
     check_all_memory_is_back(engine)
+
+
+@pytest.mark.parametrize("method", ["ensure", "fork"])
+@pytest.mark.parametrize("nth", range(1, 12, 2))
+def test_a_driver_that_fails_one_beam_ends_its_search_alone(
+    method: str, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watching(CoarseRunner):
+        def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            assert {chunk.slot for chunk in chunks} <= {beam.slot for beam in engine._scheduler.running}
+            return super().forward(chunks)
+
+    engine = fake_engine(runner=Watching(), num_slots=4, max_num_batched_tokens=64)
+    call, count = getattr(engine.manager, method), itertools.count(1)
+
+    def failing(*args: int) -> Any:
+        if next(count) == nth:
+            raise DriverError("injected", 5, "refused")
+        return call(*args)
+
+    monkeypatch.setattr(engine.manager, method, failing)
+    engine.add_request("x", {"prompt_token_ids": PROMPT}, beams(4, 12, ignore_eos=True))
+    engine.add_request("later", {"prompt_token_ids": PROMPT[:5]}, beams(4, 5))
+    outputs = run(engine)
+    assert isinstance(outputs["x"].error, DriverError)
+    assert {sample.finish_reason for sample in outputs["x"].outputs} == {"error"}
+    check(outputs["later"], PROMPT[:5], 4, 5)
+    check_all_memory_is_back(engine)
+
+
+def test_forks_and_prompts_share_the_token_budget() -> None:
+    counts: list[int] = []
+
+    class Counting(CoarseRunner):
+        def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+            counts.append(sum(len(chunk.token_ids) for chunk in chunks))
+            return super().forward(chunks)
+
+    engine = fake_engine(runner=Counting(), num_slots=8, max_num_batched_tokens=6)
+    engine.add_request("x", {"prompt_token_ids": PROMPT[:4]}, beams(5, 9))
+    for i in range(3):
+        engine.add_request(str(i), {"prompt_token_ids": PROMPT[i:] * 2}, beams(1, 3))
+    outputs = run(engine)
+    check(outputs["x"], PROMPT[:4], 5, 9)
+    for i in range(3):
+        check(outputs[str(i)], PROMPT[i:] * 2, 1, 3)
+    assert max(counts) == 6
 
 
 def test_bad_logits_end_their_search_alone() -> None:

@@ -35,14 +35,18 @@ def group_of(prompt: list[int], ends: frozenset[int] = frozenset(), **params: An
 
 
 def step(group: BeamGroup, logits: Logits) -> None:
+    offer_all(group, logits)
+    group.advance()
+
+
+def offer_all(group: BeamGroup, logits: Logits) -> None:
     rows = torch.stack([logits(beam.token_ids(0, beam.num_tokens)) for beam in group.live])
     counts = [group.num_proposals] * len(rows)
     proposals = propose(rows, [beam.sample_row() for beam in group.live], counts)
-    for beam, own in zip(list(group.live), proposals, strict=True):
+    for beam, own in zip(group.live, proposals, strict=True):
         assert not group.ready
         group.offer(beam, own)
     assert group.ready
-    group.advance()
 
 
 def run_to_end(group: BeamGroup, logits: Logits) -> int:
@@ -171,6 +175,7 @@ def test_a_group_that_starts_again_forks_where_its_beams_part() -> None:
     logits = coarse_logits(9, 4)
     for _ in range(4):
         step(group, logits)
+    offer_all(group, logits)
     leader = group.restart()
     assert leader is group.live[0]
     assert [fork.child for fork in group.forks] == group.live[1:]
