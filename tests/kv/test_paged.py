@@ -586,3 +586,47 @@ def test_tokens_that_were_not_copied_in_are_not_there() -> None:
     assert placement.num_cached_tokens == 20
     check(cache, placement.slot, meaning([*tokens, 1, 2, 3]))
     cache.close()
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_block_that_lacks_tokens_serves_only_the_hit_that_needs_none_of_them(forked: bool) -> None:
+    cache = paged(caching=True)
+    tokens = list(range(16))
+    slot = cache.take([]).slot
+    cache.ensure(slot, 16, 16)
+    # The window at token 16 reads from token 11 on: of the block of tokens 8 to 11 just the last was copied in.
+    numbers = torch.tensor(meaning(tokens))[:, None, None].expand(-1, 1, 256)
+    everywhere, seen = torch.arange(16), torch.arange(11, 16)
+    for index, spec in enumerate(SPECS):
+        positions = everywhere if spec.window is None else seen
+        keys = numbers[positions] + index / 8
+        cache.layer(index).append(keys, -keys[:, :, : spec.value_dim], torch.full_like(positions, slot), positions)
+    cache.release(cache.fork(slot, 16) if forked else slot, tokens)
+
+    short = cache.take(tokens[:9]).slot
+    grow(cache, short, tokens[:9], 0)
+    cache.release(short, tokens[:8])
+    placement = cache.take([*tokens[:12], 99])
+    assert placement.num_cached_tokens == 8
+    check(cache, placement.slot, meaning(tokens[:8]))
+    placement = cache.take([*tokens, 99])
+    assert placement.num_cached_tokens == 16
+    check(cache, placement.slot, meaning(tokens))
+    with pytest.raises(ValueError, match="begins at token 11"):
+        cache.trim(placement.slot, 15)
+    cache.close()
+
+
+def test_tokens_written_again_are_known_by_what_they_are_now() -> None:
+    cache = paged(caching=True)
+    tokens, other = list(range(13)), [*range(4), *range(50, 59)]
+    slot = cache.take(tokens).slot
+    grow(cache, slot, tokens, 0)
+    cache.computed(slot, 13)
+    grow(cache, slot, other, 4)
+    cache.release(slot, other)
+    assert cache.take([*tokens, 0]).num_cached_tokens == 4
+    placement = cache.take([*other, 0])
+    assert placement.num_cached_tokens == 12
+    check(cache, placement.slot, meaning(other[:12]))
+    cache.close()

@@ -317,6 +317,42 @@ def test_a_restored_sequence_can_begin_anew(cache: VirtualManager) -> None:
         assert len(cache._backing.region.missing(group.pages(slot, 0, 1))) == 0
 
 
+def test_a_restored_sequence_serves_no_prefix_that_its_windows_never_held(cache: VirtualManager) -> None:
+    warm = cache.take([9]).slot
+    cache.ensure(warm, 0, 41)
+    cache.release(warm)
+    slot = cache.take(()).slot
+    assert slot == warm
+    cache.ensure(slot, 41, 41)
+    cache.release(slot, PROMPT)
+    assert cache.take([*PROMPT[:30], 5]).num_cached_tokens == 0
+    assert cache.take([*PROMPT, 5]).num_cached_tokens == 41
+
+
+def test_what_a_sequence_writes_after_going_back_is_not_taken_for_its_prompt(cache: VirtualManager) -> None:
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    cache.trim(slot, 24)
+    compute(cache, slot, [*PROMPT[:24], *range(17)], 24)
+    placement = cache.take(PROMPT)
+    assert placement.num_cached_tokens == 24
+    holds(cache, placement.slot, PROMPT[:24])
+
+
+def test_accounts_follow_a_slot_that_shares_as_much_with_another_one(cache: VirtualManager) -> None:
+    other = [1, *PROMPT]
+    finished(cache, other)
+    slot = cache.take(PROMPT).slot
+    compute(cache, slot, PROMPT, 0)
+    child = cache.fork(slot, 30)
+    assert cache.accounts().shared_nbytes > 0
+    cache.release(child, ())
+    cache._reclaimer.evict(cache._table.slots[child])
+    placement = cache.take([*other[:30], 7])
+    assert (placement.slot, placement.num_cached_tokens) == (child, 30)
+    assert cache.accounts().shared_nbytes == 0
+
+
 def test_what_is_copied_into_a_slot_reaches_no_other(cache: VirtualManager) -> None:
     first = cache.take(PROMPT).slot
     compute(cache, first, PROMPT, 0)
