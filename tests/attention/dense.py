@@ -98,7 +98,7 @@ class DenseManager:
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.max_len
 
-    def has_room(self, num_tokens: int) -> bool:
+    def has_room(self, num_tokens: int, token_ids: Sequence[int] = (), *, salt: str = "") -> bool:
         return bool(self._free)
 
     def accounts(self) -> Accounts:

@@ -51,6 +51,8 @@ class SharingMachine(RuleBasedStateMachine):
                 self.cache.take(tokens, salt=salt)
             self.release(pick, tells=True)
         awaits = self.cache.awaits(tokens, salt=salt)
+        within_limit = self.cache.excess_nbytes == 0
+        has_room = self.cache.has_room(len(tokens), tokens, salt=salt)
         placement = self.cache.take(tokens, salt=salt)
         slot, cached = placement.slot, placement.num_cached_tokens
         assert slot not in self.written
@@ -60,7 +62,10 @@ class SharingMachine(RuleBasedStateMachine):
         self.computed[slot], self.salts[slot] = cached, salt
         check(self.cache, slot, tokens[:cached], salt, self.specs)
         if computed:
-            self.compute(slot, len(tokens) - cached, 0, tells=True)
+            got_memory = self.compute(slot, len(tokens) - cached, 0, tells=True)
+            # What a chunk reads behind its last token's windows is not promised.
+            assert got_memory or not has_room or self.specs is SPECS
+            assert has_room or not got_memory or not within_limit
 
     def promised(self, tokens: list[int], salt: str) -> int:
         """The longest prefix that a running sequence has not computed yet."""
@@ -78,17 +83,18 @@ class SharingMachine(RuleBasedStateMachine):
     def forward(self, pick: int, count: int, own: int, tells: bool) -> None:
         self.compute(self.pick(pick), count, own, tells)
 
-    def compute(self, slot: int, count: int, own: int, tells: bool) -> None:
+    def compute(self, slot: int, count: int, own: int, tells: bool) -> bool:
+        """A forward over the slot's next tokens; False where there is no memory for it."""
         start = len(self.written[slot])
         end = min(start + count, MAX_LEN)
         if end == start:
-            return
+            return True
         asked = self.asked[slot] if self.asked[slot][:start] == self.written[slot] else []
         tokens = [*self.written[slot], *[*asked, *[own] * MAX_LEN][start:end]]
         try:
             self.cache.ensure(slot, start, end)
         except OutOfMemoryError:
-            return
+            return False
         region, pool = self.cache._backing.region, self.cache._pool
         for group in self.cache._layout.groups:
             assert (pool.references(region.pages(group.pages(slot, start, end))) == 1).all()
@@ -97,6 +103,7 @@ class SharingMachine(RuleBasedStateMachine):
         if tells:
             self.cache.computed(slot, end)
             self.computed[slot] = end
+        return True
 
     @precondition(lambda self: self.cache.num_free_slots)
     @rule(pick=st.integers(0, 6), length=st.integers(1, MAX_LEN), salt=SALTS)

@@ -220,9 +220,15 @@ class Scheduler:
         num_held = sum(running.request.beams is not None for running in self.running)
         num_spoken_for = sum(beams.width for beams in groups if beams is not None) - num_held
         num_needed = 1 if sequence.request.beams is None else sequence.request.beams.width
+        # An image goes into a slot of its own, which shares nothing.
+        token_ids = self._promised(sequence) if sequence.image is None else []
         return self._manager.num_free_slots >= num_spoken_for + num_needed and self._manager.has_room(
-            sequence.num_tokens + 1
+            sequence.num_tokens + 1, token_ids, salt=sequence.request.cache_salt
         )
+
+    def _promised(self, sequence: Sequence) -> list[int]:
+        """The tokens that a waiting sequence will compute or find in the cache."""
+        return sequence.token_ids(0, min(sequence.num_computable + 1, sequence.num_tokens))
 
     def _awaits(self, sequence: Sequence) -> bool:
         """Whether a running sequence is computing what this one could have from the cache soon."""
@@ -231,10 +237,9 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, budget: int, plan: Plan) -> bool:
         """Give a sequence a slot and its first chunk; False where memory is short."""
-        request = sequence.request
-        num_promised = min(sequence.num_computable + 1, sequence.num_tokens)
+        request, token_ids = sequence.request, self._promised(sequence)
         try:
-            num_cached = self._place(sequence, sequence.token_ids(0, num_promised))
+            num_cached = self._place(sequence, token_ids)
         except OutOfMemoryError:
             return False
         if request.num_cached_tokens is None:
@@ -244,7 +249,7 @@ class Scheduler:
         if self._provide(sequence, count):
             if count:
                 self._put(sequence, count, plan)
-            plan.num_looked_up_tokens += num_promised
+            plan.num_looked_up_tokens += len(token_ids)
             plan.num_cached_tokens += num_cached
             _free_image(sequence)
             return True

@@ -218,8 +218,13 @@ class KVManager(Protocol):
         """Whether one sequence of so many tokens would fit if it were alone."""
         ...
 
-    def has_room(self, num_tokens: int) -> bool:
-        """Whether one more sequence of so many tokens would fit now, beside those that run."""
+    def has_room(self, num_tokens: int, token_ids: Sequence[int] = (), *, salt: str = "") -> bool:
+        """Whether one more sequence of so many tokens would fit now, beside those that run.
+
+        Args:
+            token_ids: what `take` would be given with this `salt`. Memory of running sequences that it would share is
+                not needed a second time; what else the cache gives it would become its own.
+        """
         ...
 
     @property

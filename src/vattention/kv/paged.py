@@ -301,11 +301,13 @@ class PagedManager:
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self._max_len and self._nbytes(num_tokens) <= self._pages.limit_nbytes
 
-    def has_room(self, num_tokens: int) -> bool:
+    def has_room(self, num_tokens: int, token_ids: Sequence[int] = (), *, salt: str = "") -> bool:
         with self._lock:
-            return bool(self._free_slots) and (
-                self._live_nbytes() + self._nbytes(num_tokens) <= self._pages.limit_nbytes
-            )
+            left = self._pages.limit_nbytes - self._live_nbytes()
+            if not self._free_slots or self._nbytes(num_tokens) <= left or not (self._caches and len(token_ids)):
+                return bool(self._free_slots) and self._nbytes(num_tokens) <= left
+            keys = block_keys(salted(salt), token_ids, self._block_size)
+            return self._nbytes(num_tokens, keys[: self._num_hits(keys, len(token_ids))]) <= left
 
     @property
     def excess_nbytes(self) -> int:
@@ -365,13 +367,20 @@ class PagedManager:
     def _live_nbytes(self) -> int:
         return sum(group.pool.num_live * group.memory.block_nbytes for group in self._groups)
 
-    def _nbytes(self, num_tokens: int) -> int:
-        """Memory of one sequence of so many tokens, about to compute its last."""
-        size = self._block_size
-        return sum(
-            group.memory.nbytes(-(-num_tokens // size) - group.layers.first_needed(num_tokens - 1) // size)
-            for group in self._groups
-        )
+    def _nbytes(self, num_tokens: int, hits: Sequence[bytes] = ()) -> int:
+        """Memory of one sequence of so many tokens, about to compute its last.
+
+        Args:
+            hits: of its first blocks, which the cache can give. Those that others hold need no more memory.
+        """
+        size, nbytes = self._block_size, 0
+        for group in self._groups:
+            first = group.layers.first_needed(num_tokens - 1) // size
+            found = (self._find(group, hits, index, len(hits)) for index in range(first, len(hits)))
+            blocks = [block for block in found if block is not None]
+            num_held = int(np.count_nonzero(group.pool.references(blocks))) if blocks else 0
+            nbytes += group.memory.nbytes(-(-num_tokens // size) - first - num_held)
+        return nbytes
 
     def _set(self, group: BlockGroup, held: Held, first: int, last: int) -> None:
         """The sequence holds blocks [first, last) of its row from now on."""

@@ -167,7 +167,7 @@ class ReservedManager:
             limit_nbytes = self._rows.accounts().limit_nbytes
             return self._buddy.fits(wanted) and self._nbytes(self._mapped_for(wanted)) <= limit_nbytes
 
-    def has_room(self, num_tokens: int) -> bool:
+    def has_room(self, num_tokens: int, token_ids: Sequence[int] = (), *, salt: str = "") -> bool:
         """As `KVManager.has_room`; a sequence that will grow to more than `num_tokens` may need more at once."""
         with self._lock:
             wanted = self._wanted(num_tokens, num_tokens)

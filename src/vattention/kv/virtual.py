@@ -196,12 +196,18 @@ class VirtualManager:
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.max_len and self._layout.sequence_nbytes(num_tokens) <= self._pool.limit_nbytes
 
-    def has_room(self, num_tokens: int) -> bool:
+    def has_room(self, num_tokens: int, token_ids: Sequence[int] = (), *, salt: str = "") -> bool:
         with self._lock:
             if self.num_free_slots == 0:
                 return False
-            live = self._census.needs(self._table.live()).num_pages * self._layout.page_nbytes
-            return live + self._layout.sequence_nbytes(num_tokens) <= self._pool.limit_nbytes
+            live, size = self._table.live(), self._layout.page_nbytes
+            needed = self._census.needs(live).num_pages * size + self._layout.sequence_nbytes(num_tokens)
+            if needed <= self._pool.limit_nbytes or not live:
+                return needed <= self._pool.limit_nbytes
+            hit = self._cache.find(token_ids, salt)
+            if hit is not None:
+                needed -= self._census.num_common(live, hit.source, hit.num_tokens, num_tokens) * size
+            return needed <= self._pool.limit_nbytes
 
     @property
     def excess_nbytes(self) -> int:
