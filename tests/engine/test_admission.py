@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.fakes import PAGE, SPECS, FakeRunner, completion, fake_engine
+from tests.engine.fakes import PAGE, SPECS, completion, fake_engine
 from tests.engine.test_scheduler import greedy, run
 from vattention.config import EngineConfig
 from vattention.engine.engine import LLMEngine

@@ -317,6 +317,17 @@ def test_a_restored_sequence_can_begin_anew(cache: VirtualManager) -> None:
         assert len(cache._backing.region.missing(group.pages(slot, 0, 1))) == 0
 
 
+def test_a_restored_sequence_keeps_no_page_that_its_windows_have_left(cache: VirtualManager) -> None:
+    """It begins inside a page: that page goes when the next begins, not a page's tokens later."""
+    slot = cache.take(()).slot
+    cache.ensure(slot, 8, 8)
+    for start in range(8, 16):
+        cache.ensure(slot, start, start + 1)
+        cache.drop_warm()
+        accounts = cache.accounts()
+        assert accounts.mapped_nbytes == accounts.live_nbytes
+
+
 def test_a_restored_sequence_serves_no_prefix_that_its_windows_never_held(cache: VirtualManager) -> None:
     warm = cache.take([9]).slot
     cache.ensure(warm, 0, 41)

@@ -85,7 +85,7 @@ class Backing:
         for group, extent in zip(self.layout.groups, slot.extents, strict=True):
             first = group.first_needed(start)
             first = min(first, extent.last - 1)  # the page that the extent ends in stays known
-            if first - extent.first >= group.step:
+            if group.crosses_page(extent.first, first):
                 behind.append(group.pages_behind(slot.index, extent.first, first))
                 moved.append((extent, first))
         self._unmap(behind)

@@ -60,6 +60,7 @@ class Group:
     page_nbytes: int
     step: int
     layers: tuple[int, ...]
+    _widths: frozenset[int] = field(init=False, repr=False, compare=False)
     _token_nbytes: IntArray = field(init=False, repr=False, compare=False)
     _row_pages: IntArray = field(init=False, repr=False, compare=False)
     _offset_pages: IntArray = field(init=False, repr=False, compare=False)
@@ -68,6 +69,7 @@ class Group:
         def column(values: list[int]) -> IntArray:
             return np.array(values, np.int64)
 
+        object.__setattr__(self, "_widths", frozenset(p.token_nbytes for p in self.planes))
         object.__setattr__(self, "_token_nbytes", column([p.token_nbytes for p in self.planes]))
         object.__setattr__(self, "_row_pages", column([p.row_nbytes // self.page_nbytes for p in self.planes]))
         object.__setattr__(
@@ -91,6 +93,11 @@ class Group:
     def pages_behind(self, slot: int, first: int, until: int) -> IntArray:
         """Indices of the pages from token `first`'s on that end before token `until` begins, ascending."""
         return self._expand(slot, self._floor(first), self._floor(until))
+
+    def crosses_page(self, first: int, until: int) -> bool:
+        """Whether `pages_behind` would return any. It is asked for each sequence in each step."""
+        size = self.page_nbytes
+        return any(first * width // size < until * width // size for width in self._widths)
 
     def pages_beyond(self, slot: int, num_tokens: int, last: int) -> IntArray:
         """Indices of the pages that begin after the first `num_tokens` end, up to token `last` - 1's, ascending."""

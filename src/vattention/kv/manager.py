@@ -222,8 +222,8 @@ class KVManager(Protocol):
         """Whether one more sequence of so many tokens would fit now, beside those that run.
 
         Args:
-            token_ids: what `take` would be given with this `salt`. Memory of running sequences that it would share is
-                not needed a second time; what else the cache gives it would become its own.
+            token_ids: what `take` would be given with this `salt`. Memory of running sequences that it would share
+                is not needed a second time; what else the cache gives counts as needed.
         """
         ...
 
