@@ -14,13 +14,15 @@ from vattention import native
 
 
 @pytest.fixture(scope="session")
-def kernels_of_lanes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Builds the compiled kernels for vectors of at most so many float32, and no instructions beyond those."""
+def kernels_of_lanes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the compiled kernels for vectors of at most so many float32, and no instructions beyond those, or with
+    1 as second argument those that multiply pairs of bfloat16.
+    """
 
     @cache
-    def build(lanes: int) -> Path:
-        library = tmp_path_factory.mktemp(f"lanes{lanes}") / f"_kernels{EXTENSION_SUFFIXES[0]}"
-        flags = [f"-DVATTENTION_LANES={lanes}", "-DVATTENTION_DOT=0", "-O1", "-fPIC", "-shared"]
+    def build(lanes: int, dot: int = 0) -> Path:
+        library = tmp_path_factory.mktemp(f"lanes{lanes}_{dot}") / f"_kernels{EXTENSION_SUFFIXES[0]}"
+        flags = [f"-DVATTENTION_LANES={lanes}", f"-DVATTENTION_DOT={dot}", "-O1", "-fPIC", "-shared"]
         warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
         sources = sorted(Path(native.__file__).parent.glob("*.c"))
         subprocess.run(["cc", *flags, *warnings, *sources, "-o", library, "-lm"], check=True, timeout=200)

@@ -179,33 +179,27 @@ class NativeLinear:
         return y
 
     def weight(self) -> Tensor:
-        rows = _rows_view(self._panels).reshape(-1, self._num_in)
-        return rows[: self._num_out].contiguous()
+        rows = self._panels.transpose(1, 2).reshape(self._panels.shape[0] * _COLUMNS, -1)
+        return rows[: self._num_out, : self._num_in].contiguous()
 
 
 def _pack(weight: Tensor) -> Tensor:
-    """Panels for linear.c, [ceil(out / 32), in, 32] numbers, on huge pages where the system gives them."""
-    num_out, num_in = weight.shape
-    num_panels = math.ceil(num_out / _COLUMNS)
-    panels = _huge_empty(num_panels * num_in * _COLUMNS, weight.dtype).view(num_panels, num_in, _COLUMNS)
-    whole = num_out // _COLUMNS
-    rows = _rows_view(panels)
-    rows[:whole].copy_(weight[: whole * _COLUMNS].view(whole, *rows.shape[1:]))
-    if whole < num_panels:
-        rest = weight[whole * _COLUMNS :]
-        padded = F.pad(rest, (0, 0, 0, _COLUMNS - rest.shape[0]))
-        rows[whole:].copy_(padded.view(1, *rows.shape[1:]))
-    return panels
-
-
-def _rows_view(panels: Tensor) -> Tensor:
-    """Panels seen in the order of the weight's rows: [panels, ..., in], 32 rows each.
-
-    A pair of bfloat16 is one 32-bit word of linear.c, whose lower half holds one of the panel's first 16 rows.
+    """Panels for linear.c, on huge pages where the system gives them: [ceil(out / 32), in, 32] float32 numbers, or
+    [ceil(out / 32), ceil(in / 2), 32, 2] of bfloat16.
     """
-    if panels.dtype == torch.float32:
-        return panels.transpose(1, 2)
-    return panels.view(panels.shape[0], panels.shape[1], _COLUMNS // 2, 2).permute(0, 3, 2, 1)
+    num_out, num_in = weight.shape
+    num_panels, width = math.ceil(num_out / _COLUMNS), 1 if weight.dtype == torch.float32 else 2
+    num_steps = math.ceil(num_in / width)
+    panels = _huge_empty(num_panels * num_steps * width * _COLUMNS, weight.dtype)
+    panels = panels.view(num_panels, num_steps, _COLUMNS, width)
+    whole = num_out // _COLUMNS
+    rest = F.pad(weight[whole * _COLUMNS :], (0, 0, 0, -num_out % _COLUMNS))
+    for part, rows in ((panels[:whole], weight[: whole * _COLUMNS]), (panels[whole:], rest)):
+        if len(part) and num_steps * width == num_in:
+            part.copy_(rows.view(-1, _COLUMNS, num_steps, width).transpose(1, 2))
+        elif len(part):
+            part.copy_(F.pad(rows, (0, 1)).view(-1, _COLUMNS, num_steps, width).transpose(1, 2))
+    return panels
 
 
 def _huge_empty(numel: int, dtype: torch.dtype) -> Tensor:

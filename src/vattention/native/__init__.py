@@ -134,7 +134,7 @@ class Kernels:
         self._parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p)
         self._linear = library.vattention_linear
         self._linear.restype = c_int32
-        self._linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_void_p)
+        self._linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p)
         self._rms_norm = library.vattention_rms_norm
         self._rms_norm.restype = None
         self._rms_norm.argtypes = (
@@ -159,13 +159,17 @@ class Kernels:
         )
 
     def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
-        """y[rows, out] = x[rows, in] W^T + b of the weight's type; one row or more, y and rows of x contiguous."""
+        """y[rows, out] = x[rows, in] W^T + b; one row or more, y and rows of x contiguous.
+
+        x is of the weight's type, y of that or of float32.
+        """
         status = self._linear(
             ctypes.addressof(weight),
             x.data_ptr(),
             x.stride(0),
             x.shape[0],
             y.data_ptr(),
+            _DTYPES[y.dtype],
             torch.get_num_threads(),
             self._parallel,
         )

@@ -15,11 +15,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Whether instructions that multiply pairs of bfloat16 may be used, if the processor has them; tests turn it off. */
-#ifndef VATTENTION_DOT
-#define VATTENTION_DOT 1
-#endif
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif

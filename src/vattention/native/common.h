@@ -13,6 +13,12 @@
 #define VATTENTION_LANES 16
 #endif
 
+/* Whether instructions that multiply bfloat16 may be used, if the processor has them: 1 for pairs, 2 for matrix tiles
+ * too; tests lower it. */
+#ifndef VATTENTION_DOT
+#define VATTENTION_DOT 2
+#endif
+
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 
 /* GOMP_parallel of the OpenMP runtime that torch runs on. Passed in rather than linked: a second runtime's pool of

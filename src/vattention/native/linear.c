@@ -1,26 +1,35 @@
-/* y = x W^T + b for weights kept in bfloat16 (or float32), computed in float32.
+/* y = x W^T + b for weights kept in bfloat16 (or float32), summed in float32.
  *
- * Processors without bfloat16 arithmetic multiply bfloat16 six times slower than float32 when a library
- * emulates it. A bfloat16 is the upper half of a float32, so widening one costs a shift or a mask. Here the
- * weight is read once, as it is stored, and widened in registers beside the multiplication.
+ * The weight is read once, as it is stored. Where the processor has matrix tiles (AMX) or multiplies pairs of bfloat16,
+ * those do the work (linear_dot.h); elsewhere a bfloat16, the upper half of a float32, is widened in registers by
+ * a shift or a mask (linear_tile.h), where libraries that emulate bfloat16 are six times slower than float32.
  *
- * Packed weight: panels of 32 output columns, the last one padded with zeros. In a panel, step k of the inner
- * dimension holds the 32 weights W[32p .. 32p+31, k]. In bfloat16 word i (of 16) has column i in its lower half
- * and column 16 + i in its upper half; in float32 columns lie in order. The loops are those of K. Goto and
- * R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a tile of y stays in registers
- * over the whole inner dimension, a panel of W in the second-level cache over a block of rows.
+ * Packed weight: panels of 32 output columns, the last one padded with zeros. In a float32 panel, step k of the inner
+ * dimension holds the 32 weights W[32p .. 32p+31, k]. A bfloat16 panel takes two steps at once: word i (of 32) of pair
+ * k holds W[32p + i, 2k] in its lower half and W[32p + i, 2k + 1], or zero where there is none, in its upper half. The
+ * loops are those of K. Goto and R. van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008): a tile
+ * of y stays in registers over the whole inner dimension, a panel of W in the second-level cache over a block of rows.
  */
+#define _GNU_SOURCE
 #include "common.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 enum { COLUMNS = 32, HALF = 16 };
 /* x is kept widened in blocks of rows, which shall stay in the second-level cache: strips of K_STRIP steps, each
  * [block rows][STRIP_STRIDE]. The padding spreads a tile's rows over the sets of the first-level cache; sums over
  * single strips are added up apart, which keeps rounding errors small. */
 enum { K_STRIP = 256, STRIP_STRIDE = K_STRIP + 16 };
-enum { BLOCK_NBYTES = 3 << 18, MIN_BLOCK_ROWS = 24, MAX_BLOCK_ROWS = 96 };
+enum { BLOCK_NBYTES = 3 << 18, MIN_BLOCK_ROWS = 24, MAX_BLOCK_ROWS = 96, WHOLE_BLOCK_ROWS = 256 };
 
 /* Numbers that are written as bits and read as float32. */
 typedef uint32_t word __attribute__((may_alias));
@@ -34,19 +43,23 @@ typedef struct {
 } vattention_weight;
 
 typedef struct {
-    const float *x; /* the tile's first row in the first strip */
-    int64_t x_strip;
+    const float *widened; /* the tile's first row in the first strip, for tiles that take it so */
+    int64_t strip_stride;
+    const void *x; /* the tile's first row as it is, for the others */
+    int64_t x_stride;
+    int64_t rows;
     const void *panel;
     /* A tall block reads a panel from memory for its first tile only, and memory would idle over the others:
      * each fetches its share of the next panel. Alone this is worth 30 % at 8 to 16 rows. */
     const char *ahead;
-    int64_t ahead_step;
+    int64_t ahead_step; /* bytes, for each 128 of the panel */
+    int first;
     const float *bias; /* 32 values, or NULL */
     void *y;
     int64_t y_stride;
     int64_t num_in;
     int64_t columns; /* of the 32 that exist */
-    int32_t dtype;
+    int32_t y_dtype;
 } tile_args;
 
 /* Multiplications below which waking the other threads takes longer than they save. */
@@ -54,8 +67,19 @@ enum { ALONE = 1 << 16 };
 
 typedef void (*tile_fn)(const tile_args *);
 
+typedef struct {
+    const tile_fn *tiles; /* for one row and more; a single one for any number where `begin` is told of it */
+    int64_t tile_rows;    /* most rows of a tile */
+    int widens;           /* takes x as float32 */
+    void (*begin)(int64_t rows);
+    void (*end)(void);
+} tile_set;
+
 /* The tiles are compiled once for each instruction set from one text; LANES is what a register holds. */
 #if defined(__x86_64__) && VATTENTION_LANES >= 16
+#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+#include "linear_dot.h"
+#endif
 #define SET avx512
 #define LANES 16
 #define TILE_ROWS 12
@@ -75,41 +99,63 @@ typedef void (*tile_fn)(const tile_args *);
 #define TARGET
 #include "linear_tile.h"
 
-/* The best tiles this processor runs, and the rows of the tallest. */
-static const tile_fn *find_tiles(int32_t dtype, int64_t *tile_rows) {
+/* The best this processor runs, found once as the library is loaded: asking a virtual machine takes microseconds. */
+static struct {
+    const tile_set *float32, *bfloat16; /* for any size */
+    const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of AMX_STEPS; or NULL */
+} best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
+
+__attribute__((constructor)) static void find_best(void) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-        *tile_rows = 12;
-        return tiles_avx512[dtype];
-    }
-#endif
 #if defined(__x86_64__) && VATTENTION_LANES >= 8
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        *tile_rows = 6;
-        return tiles_avx2[dtype];
+        best.float32 = &float32_set_avx2;
+        best.bfloat16 = &bfloat16_set_avx2;
     }
 #endif
-    *tile_rows = 12;
-    return tiles_baseline[dtype];
+#if defined(__x86_64__) && VATTENTION_LANES >= 16
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+        best.float32 = &float32_set_avx512;
+        best.bfloat16 = &bfloat16_set_avx512;
+#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+        if (__builtin_cpu_supports("avx512bf16")) {
+            best.pairs = &dot_set;
+#ifdef HAVE_AMX
+            best.tiles = amx_granted() ? &amx_set : NULL;
+#endif
+        }
+#endif
+    }
+#endif
+}
+
+static const tile_set *set_for(int32_t dtype, int64_t num_in) {
+    if (dtype == FLOAT32) {
+        return best.float32;
+    }
+    if (best.tiles && num_in % 32 == 0) {
+        return best.tiles;
+    }
+    return best.pairs && num_in % 2 == 0 ? best.pairs : best.bfloat16;
 }
 
 typedef struct {
     const vattention_weight *weight;
     const void *x;
     void *y;
-    float *workspace; /* one thread's after the other's */
+    int32_t y_dtype;
+    float *workspace; /* one thread's after the other's; NULL where x is taken as it is */
     int64_t workspace_floats; /* of one thread */
     int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
-    int64_t tile_rows;
-    const tile_fn *tiles;
+    const tile_set *set;
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
 static int64_t num_strips(int64_t num_in) { return (num_in + K_STRIP - 1) / K_STRIP; }
 
+/* Rows as float32 in strips; an odd number of bfloat16 gets a zero to make it even. */
 static void widen(const job *j, int64_t first, int64_t rows, float *out) {
     const int64_t num_in = j->weight->num_in;
     for (int64_t start = 0; start < num_in; start += K_STRIP, out += j->block_rows * STRIP_STRIDE) {
@@ -124,8 +170,47 @@ static void widen(const job *j, int64_t first, int64_t rows, float *out) {
                 for (int64_t k = 0; k < steps; k++) {
                     words[k] = (word)x[k] << 16;
                 }
+                words[steps] = 0;
             }
         }
+    }
+}
+
+/* The rows of one block times one panel. */
+static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel, const float *widened,
+                        int64_t *configured) {
+    const vattention_weight *w = j->weight;
+    const int64_t element = w->dtype == FLOAT32 ? 4 : 2, y_element = j->y_dtype == FLOAT32 ? 4 : 2;
+    const int64_t out = panel * COLUMNS, most = j->set->tile_rows;
+    const int64_t panel_nbytes = COLUMNS * (w->dtype == FLOAT32 ? w->num_in : (w->num_in + 1) / 2 * 2) * element;
+    const int64_t num_tiles = (rows + most - 1) / most;
+    const char *packed = (const char *)w->packed + panel * panel_nbytes;
+    tile_args args = {
+        .strip_stride = j->block_rows * STRIP_STRIDE,
+        .x_stride = j->x_stride,
+        .panel = packed,
+        .ahead_step = COLUMNS * 4 / num_tiles,
+        .bias = w->bias ? w->bias + out : NULL,
+        .y_stride = w->num_out,
+        .num_in = w->num_in,
+        .columns = w->num_out - out < COLUMNS ? w->num_out - out : COLUMNS,
+        .y_dtype = j->y_dtype,
+    };
+    for (int64_t tile = 0; tile < num_tiles; tile++) {
+        /* Tiles of nearly equal height, but whole ones first where each height has its price. */
+        const int64_t row = j->set->begin ? tile * most : rows * tile / num_tiles;
+        const int64_t end = j->set->begin ? (row + most < rows ? row + most : rows) : rows * (tile + 1) / num_tiles;
+        args.rows = end - row;
+        args.first = tile == 0;
+        args.widened = widened + row * STRIP_STRIDE;
+        args.x = (const char *)j->x + (first + row) * j->x_stride * element;
+        args.ahead = packed + panel_nbytes + panel_nbytes * tile / num_tiles;
+        args.y = (char *)j->y + ((first + row) * w->num_out + out) * y_element;
+        if (j->set->begin && *configured != args.rows) {
+            j->set->begin(args.rows);
+            *configured = args.rows;
+        }
+        j->set->tiles[j->set->begin ? 0 : args.rows - 1](&args);
     }
 }
 
@@ -133,72 +218,59 @@ static void widen(const job *j, int64_t first, int64_t rows, float *out) {
  * late, because other processes hold their cores, take fewer. */
 static void work(void *argument) {
     job *j = argument;
-    const vattention_weight *w = j->weight;
-    const int64_t element = w->dtype == FLOAT32 ? 4 : 2;
-    const int64_t num_panels = (w->num_out + COLUMNS - 1) / COLUMNS;
-    float *x = j->workspace + j->workspace_floats * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
-    int64_t block_in_x = -1;
+    const int64_t num_panels = (j->weight->num_out + COLUMNS - 1) / COLUMNS;
+    float *x = j->workspace;
+    if (x) {
+        x += j->workspace_floats * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
+    }
+    int64_t block_in_x = -1, configured = 0;
     for (;;) {
         const int64_t item = __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
         const int64_t block = item / j->num_groups, group = item % j->num_groups;
         if (block >= j->num_blocks) {
-            return;
+            break;
         }
         const int64_t first = block * j->block_rows;
         const int64_t rows = j->num_rows - first < j->block_rows ? j->num_rows - first : j->block_rows;
-        if (block != block_in_x) {
+        if (x && block != block_in_x) {
             widen(j, first, rows, x);
             block_in_x = block;
         }
-        const int64_t num_tiles = (rows + j->tile_rows - 1) / j->tile_rows;
-        const int64_t last_panel = (group + 1) * j->panels_each < num_panels ? (group + 1) * j->panels_each : num_panels;
-        for (int64_t panel = group * j->panels_each; panel < last_panel; panel++) {
-            const int64_t out = panel * COLUMNS;
-            for (int64_t tile = 0; tile < num_tiles; tile++) {
-                const int64_t row = rows * tile / num_tiles, end = rows * (tile + 1) / num_tiles;
-                const char *packed = (const char *)w->packed + out * w->num_in * element;
-                const int64_t panel_nbytes = COLUMNS * w->num_in * element;
-                const tile_args args = {
-                    .x = x + row * STRIP_STRIDE,
-                    .x_strip = j->block_rows * STRIP_STRIDE,
-                    .panel = packed,
-                    .ahead = packed + panel_nbytes + panel_nbytes * tile / num_tiles,
-                    .ahead_step = COLUMNS * element / num_tiles,
-                    .bias = w->bias ? w->bias + out : NULL,
-                    .y = (char *)j->y + ((first + row) * w->num_out + out) * element,
-                    .y_stride = w->num_out,
-                    .num_in = w->num_in,
-                    .columns = w->num_out - out < COLUMNS ? w->num_out - out : COLUMNS,
-                    .dtype = w->dtype,
-                };
-                j->tiles[end - row - 1](&args);
-            }
+        const int64_t end = (group + 1) * j->panels_each;
+        for (int64_t panel = group * j->panels_each; panel < end && panel < num_panels; panel++) {
+            panel_times(j, first, rows, panel, x, &configured);
         }
+    }
+    if (configured) {
+        j->set->end();
     }
 }
 
 /* y[num_rows, num_out] = x[num_rows, num_in] W^T + b on at most `num_threads` threads, for one row or more.
  *
- * x and y are of the weight's type; rows of x lie `x_stride` elements apart, those of y are adjacent. Returns 0,
- * or -1 where memory ran short, with y untouched. */
+ * x is of the weight's type and y of `y_dtype`, which is that or float32; rows of x lie `x_stride` elements apart, those
+ * of y are adjacent. Returns 0, or -1 where memory ran short, with y untouched. */
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
-                          int32_t num_threads, parallel_fn parallel) {
-    job j = {.weight = weight, .x = x, .y = y, .x_stride = x_stride, .num_rows = num_rows};
-    j.tiles = find_tiles(weight->dtype, &j.tile_rows);
-    int64_t most = BLOCK_NBYTES / (4 * weight->num_in);
-    most = most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
+                          int32_t y_dtype, int32_t num_threads, parallel_fn parallel) {
+    job j = {.weight = weight, .x = x, .y = y, .y_dtype = y_dtype, .x_stride = x_stride, .num_rows = num_rows};
+    j.set = set_for(weight->dtype, weight->num_in);
+    int64_t most = (j.set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
+    most = !j.set->widens && most < WHOLE_BLOCK_ROWS ? WHOLE_BLOCK_ROWS : most;
+    most = j.set->widens && most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
     j.num_blocks = (num_rows + most - 1) / most;
     j.block_rows = (num_rows + j.num_blocks - 1) / j.num_blocks;
     if (j.num_blocks > 1) {
-        j.block_rows = (j.block_rows + j.tile_rows - 1) / j.tile_rows * j.tile_rows;
+        j.block_rows = (j.block_rows + j.set->tile_rows - 1) / j.set->tile_rows * j.set->tile_rows;
     }
     const int64_t num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
     j.panels_each = num_panels / (16 * num_threads) + 1;
     j.num_groups = (num_panels + j.panels_each - 1) / j.panels_each;
-    j.workspace_floats = num_strips(weight->num_in) * j.block_rows * STRIP_STRIDE;
-    j.workspace = aligned_alloc(64, (size_t)(num_threads * j.workspace_floats) * sizeof(float));
-    if (j.workspace == NULL) {
-        return -1;
+    if (j.set->widens) {
+        j.workspace_floats = num_strips(weight->num_in) * j.block_rows * STRIP_STRIDE;
+        j.workspace = aligned_alloc(64, (size_t)(num_threads * j.workspace_floats) * sizeof(float));
+        if (j.workspace == NULL) {
+            return -1;
+        }
     }
     if (num_threads == 1 || num_rows * weight->num_out * weight->num_in < ALONE) {
         work(&j);

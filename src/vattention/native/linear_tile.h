@@ -14,7 +14,7 @@ typedef uint16_t NAME(halves) __attribute__((vector_size(LANES * 2), aligned(2),
 
 /* Rounds to nearest even as hardware does; NaN stays NaN. */
 TARGET INLINE void NAME(store)(const tile_args *args, int64_t row, int64_t column, NAME(floats) sums) {
-    if (args->dtype == FLOAT32) {
+    if (args->y_dtype == FLOAT32) {
         float *y = (float *)args->y + row * args->y_stride + column;
         if (column + LANES <= args->columns) {
             *(NAME(floats) *)y = sums;
@@ -43,34 +43,42 @@ TARGET INLINE void NAME(store)(const tile_args *args, int64_t row, int64_t colum
 TARGET INLINE void NAME(tile)(const tile_args *args, const int rows, const int wide) {
     for (int64_t half = 0; half < HALF && half < args->columns; half += LANES) {
         NAME(floats) low_total[TILE_ROWS] = {0}, high_total[TILE_ROWS] = {0};
-        const float *x = args->x;
+        const float *x = args->widened;
         const char *panel = (const char *)args->panel + half * 4;
         const char *ahead = args->ahead;
-        for (int64_t start = 0; start < args->num_in; start += K_STRIP, x += args->x_strip) {
+        for (int64_t start = 0; start < args->num_in; start += K_STRIP, x += args->strip_stride) {
             const int64_t steps = args->num_in - start < K_STRIP ? args->num_in - start : K_STRIP;
             NAME(floats) low[TILE_ROWS], high[TILE_ROWS];
 #pragma GCC unroll 12
             for (int m = 0; m < rows; m++) {
                 low[m] = high[m] = (NAME(floats)){0};
             }
-            for (int64_t k = 0; k < steps; k++) {
-                NAME(floats) first, second;
+            for (int64_t k = 0; k < steps; k += wide ? 1 : 2) {
+                const NAME(words) first = *(const NAME(words) *)panel;
+                const NAME(words) second = *(const NAME(words) *)(panel + HALF * 4);
+                panel += COLUMNS * 4;
                 __builtin_prefetch(ahead, 0, 2);
                 ahead += args->ahead_step;
                 if (wide) {
-                    first = *(const NAME(floats) *)panel;
-                    second = *(const NAME(floats) *)(panel + HALF * 4);
-                    panel += COLUMNS * 4;
-                } else {
-                    const NAME(words) pair = *(const NAME(words) *)panel;
-                    first = (NAME(floats))(pair << 16);
-                    second = (NAME(floats))(pair & 0xffff0000u);
-                    panel += COLUMNS * 2;
+#pragma GCC unroll 12
+                    for (int m = 0; m < rows; m++) {
+                        low[m] += x[m * STRIP_STRIDE + k] * (NAME(floats))first;
+                        high[m] += x[m * STRIP_STRIDE + k] * (NAME(floats))second;
+                    }
+                    continue;
                 }
+                const NAME(floats) first_even = (NAME(floats))(first << 16), second_even = (NAME(floats))(second << 16);
 #pragma GCC unroll 12
                 for (int m = 0; m < rows; m++) {
-                    low[m] += x[m * STRIP_STRIDE + k] * first;
-                    high[m] += x[m * STRIP_STRIDE + k] * second;
+                    low[m] += x[m * STRIP_STRIDE + k] * first_even;
+                    high[m] += x[m * STRIP_STRIDE + k] * second_even;
+                }
+                const NAME(floats) first_odd = (NAME(floats))(first & 0xffff0000u);
+                const NAME(floats) second_odd = (NAME(floats))(second & 0xffff0000u);
+#pragma GCC unroll 12
+                for (int m = 0; m < rows; m++) {
+                    low[m] += x[m * STRIP_STRIDE + k + 1] * first_odd;
+                    high[m] += x[m * STRIP_STRIDE + k + 1] * second_odd;
                 }
             }
 #pragma GCC unroll 12
@@ -105,7 +113,10 @@ TILES(7) TILES(8) TILES(9) TILES(10) TILES(11) TILES(12)
 #else
 #define LIST(kind) LIST6(kind)
 #endif
-static const tile_fn NAME(tiles)[2][TILE_ROWS] = {{LIST(wide)}, {LIST(narrow)}};
+static const tile_fn NAME(wide_tiles)[TILE_ROWS] = {LIST(wide)};
+static const tile_fn NAME(narrow_tiles)[TILE_ROWS] = {LIST(narrow)};
+static const tile_set NAME(float32_set) = {.tiles = NAME(wide_tiles), .tile_rows = TILE_ROWS, .widens = 1};
+static const tile_set NAME(bfloat16_set) = {.tiles = NAME(narrow_tiles), .tile_rows = TILE_ROWS, .widens = 1};
 #undef LIST
 #undef LIST6
 
