@@ -17,6 +17,7 @@ from vattention.kv.swap import SwapSpace
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
+from vattention.model.head import GivenLogits, Predictions
 
 VOCAB = 50
 END = 1
@@ -56,6 +57,9 @@ class FakeRunner:
         self.num_computed = 0
         self.fail_at = fail_at
         self.closed = False
+
+    def predict(self, chunks: Sequence[Chunk]) -> Predictions:
+        return GivenLogits(self.forward(chunks))
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         assert self.manager is not None

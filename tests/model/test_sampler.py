@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vattention.errors import RequestError
 from vattention.model import draw as drawing
 from vattention.model.draw import uniform
+from vattention.model.head import GivenLogits
 from vattention.model.sampler import SampledToken, SampleRow, prompt_logprobs, sample, validate
 from vattention.sampling_params import SamplingParams
 
@@ -26,8 +27,12 @@ def row(seed: int = 0, output: list[int] = OUTPUT, **params: Any) -> SampleRow:
     return SampleRow(SamplingParams(**params), seed, PROMPT, output, END)
 
 
+def sampled(logits: torch.Tensor, rows: list[SampleRow]) -> list[SampledToken]:
+    return sample(GivenLogits(logits), range(len(rows)), rows)
+
+
 def sample_one(logits: torch.Tensor, wanted: SampleRow) -> SampledToken:
-    return sample(logits[None], [wanted])[0]
+    return sampled(logits[None], [wanted])[0]
 
 
 def some_logits(seed: int, vocab: int = VOCAB, spread: float = 2.0) -> torch.Tensor:
@@ -109,7 +114,7 @@ def test_draws_follow_the_exact_distribution(params: dict[str, Any]) -> None:
         wanted = [row(i, **params) for i in range(number_of_draws)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("vattention.model.sampler.uniform", lambda s, _: (s + 0.5) / number_of_draws)
-            tokens = sample(logits.expand(number_of_draws, -1), wanted)
+            tokens = sampled(logits.expand(number_of_draws, -1), wanted)
         counts = np.bincount([token.token_id for token in tokens], minlength=VOCAB)
         assert not counts[exact == 0].any()
         np.testing.assert_allclose(counts / number_of_draws, exact, atol=1.5 / number_of_draws)
@@ -122,7 +127,7 @@ def test_seeds_sample_the_distribution(params: dict[str, Any]) -> None:
     logits = some_logits(5, vocab=15, spread=1.0)
     wanted = [row(seed, output=[], **params) for seed in range(draws)]
     exact = reference(logits, SampleRow(wanted[0].params, 0, [], [], END))
-    counts = np.bincount([t.token_id for t in sample(logits.expand(draws, -1), wanted)], minlength=15)
+    counts = np.bincount([t.token_id for t in sampled(logits.expand(draws, -1), wanted)], minlength=15)
     possible = exact > 0
     chi_square = ((counts - draws * exact)[possible] ** 2 / (draws * exact[possible])).sum()
     freedom = possible.sum() - 1
@@ -150,9 +155,9 @@ def test_a_sample_does_not_depend_on_the_batch() -> None:
         {"temperature": 2.5},
     ]
     rows = [row(i, **params) for i, params in enumerate(kinds * 2)]
-    together = [token.token_id for token in sample(logits, rows)]
+    together = [token.token_id for token in sampled(logits, rows)]
     alone = [sample_one(logits[i], rows[i]).token_id for i in range(12)]
-    backwards = [token.token_id for token in sample(logits.flip(0), rows[::-1])][::-1]
+    backwards = [token.token_id for token in sampled(logits.flip(0), rows[::-1])][::-1]
     assert together == alone == backwards
 
 
@@ -242,10 +247,10 @@ def test_prompt_logprobs() -> None:
 def test_bad_logits_are_the_error_of_their_row_alone(bad: float, params: dict[str, Any]) -> None:
     logits = torch.stack([some_logits(i) for i in range(3)])
     logits[1, 8] = bad
-    tokens = sample(logits, [row(**params)] * 3)
+    tokens = sampled(logits, [row(**params)] * 3)
     assert "float32" in str(tokens[1].error)
     assert tokens[0].error is None
-    assert tokens[0] == sample(logits[:1], [row(**params)])[0]
+    assert tokens[0] == sampled(logits[:1], [row(**params)])[0]
     assert tokens[2].error is None
 
 
@@ -269,12 +274,12 @@ def test_masked_logits_are_harmless() -> None:
 def test_sampling_leaves_the_logits_alone() -> None:
     logits = torch.stack([some_logits(i) for i in range(2)])
     before = logits.clone()
-    sample(logits, [row(repetition_penalty=2.0, min_tokens=9, logit_bias={3: 1.0}, top_p=0.5, logprobs=3)] * 2)
+    sampled(logits, [row(repetition_penalty=2.0, min_tokens=9, logit_bias={3: 1.0}, top_p=0.5, logprobs=3)] * 2)
     assert torch.equal(logits, before)
 
 
 def test_an_empty_batch() -> None:
-    assert sample(torch.empty(0, VOCAB), []) == []
+    assert sampled(torch.empty(0, VOCAB), []) == []
 
 
 @pytest.mark.parametrize(

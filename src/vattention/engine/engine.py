@@ -227,13 +227,15 @@ class LLMEngine:
             if sequence.request.metrics.first_scheduled_time is None:
                 sequence.request.metrics.first_scheduled_time = begun
         try:
-            logits = self._parts.runner.forward(plan.chunks)
+            predictions = self._parts.runner.predict(plan.chunks)
             self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
             end = 0
             for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
                 begin, end = end, end + chunk.num_logits
                 if sequence.index == 0 and sequence.request.params.prompt_logprobs is not None:
-                    self._report_prompt(sequence, chunk.end - chunk.num_logits, logits[begin:end])
+                    self._report_prompt(
+                        sequence, chunk.end - chunk.num_logits, predictions.logits(range(begin, end))
+                    )
                 if chunk.end == sequence.num_tokens and sequence.request.beams is not None:
                     beams.append(sequence)
                     beam_rows.append(end - 1)
@@ -241,11 +243,9 @@ class LLMEngine:
                     samples = [sequence, *sequence.request.unforked]
                     sampling += samples
                     rows += [end - 1] * len(samples)
-            chosen = sample(
-                logits if rows == list(range(len(logits))) else logits[rows], [s.sample_row() for s in sampling]
-            )
+            chosen = sample(predictions, rows, [s.sample_row() for s in sampling])
             proposals = propose(
-                logits[beam_rows],
+                predictions.logits(beam_rows),
                 [beam.sample_row() for beam in beams],
                 [beam.request.beams.num_proposals for beam in beams if beam.request.beams is not None],
             )

@@ -13,7 +13,9 @@ import mmap
 import time
 from typing import ClassVar, Protocol, Self, TypeGuard
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -174,9 +176,24 @@ class NativeLinear:
                 f"x is {x.dtype} of {x.shape[1]} columns; the weight is {self._panels.dtype} of {self._num_in}"
             )
         y = x.new_empty(x.shape[0], self._num_out)
+        self.write(x, y)
+        return y
+
+    @property
+    def num_out(self) -> int:
+        return self._num_out
+
+    def write(self, x: Tensor, y: Tensor) -> None:
+        """The product into contiguous y[rows, out], of the weight's type or float32."""
         if x.shape[0] > 0:
             self._kernels.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
-        return y
+
+    def largest(self, x: Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Each row's first largest output, NaN counting as largest: its index and its value before rounding."""
+        columns, values = np.empty(x.shape[0], np.int64), np.empty(x.shape[0], np.float32)
+        if x.shape[0] > 0:
+            self._kernels.largest(self._native, x if x.stride(1) == 1 else x.contiguous(), columns, values)
+        return columns, values
 
     def weight(self) -> Tensor:
         rows = self._panels.transpose(1, 2).reshape(self._panels.shape[0] * _COLUMNS, -1)

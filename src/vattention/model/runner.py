@@ -15,6 +15,7 @@ from vattention.attention.registry import AUTO, choose
 from vattention.core import AttentionSpec, Chunk
 from vattention.errors import UnsupportedModelError
 from vattention.kv.manager import CacheView, KVManager
+from vattention.model.head import GivenLogits, HiddenStates, Predictions, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
 from vattention.model.probe import ModelAttention
 
@@ -46,6 +47,8 @@ class ModelRunner:
             view = kv.layer(layer.cache_layer)
             chosen = choose(kernel, layer.spec, view)
             self._layers[model.get_submodule(layer.name)] = index, layer.spec, view, layer.writes, chosen
+        self._output_layer = plain_output_layer(model)
+        self._scratch = Scratch()
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._batch: RaggedBatch | None = None
         self._num_attended = 0
@@ -57,12 +60,18 @@ class ModelRunner:
         return tuple(kernel.name for *_, kernel in self._layers.values())
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Compute the chunks, store their keys and values, and return the logits they ask for.
-
-        The cache must have memory for them (`KVManager.ensure`), and hold the tokens before them.
+        """`predict`, as logits.
 
         Returns:
             [sum of num_logits, vocabulary] float32, in the order of the chunks.
+        """
+        predictions = self.predict(chunks)
+        return predictions.logits(range(len(predictions))).clone()
+
+    def predict(self, chunks: Sequence[Chunk]) -> Predictions:
+        """Compute the chunks, store their keys and values, and return the rows of logits they ask for, in order.
+
+        The cache must have memory for them (`KVManager.ensure`), and hold the tokens before them.
         """
         batch = RaggedBatch.of(chunks, self._device)
         token_ids: list[int] = []
@@ -78,7 +87,7 @@ class ModelRunner:
         self._batch, self._num_attended = batch, 0
         try:
             with torch.inference_mode():
-                logits = self._logits(inputs, wanted)
+                predictions = self._predictions(inputs, wanted)
         finally:
             self._batch = None
         if self._num_attended != len(self._layers):
@@ -86,7 +95,7 @@ class ModelRunner:
                 f"{type(self._model).__name__} called {self._num_attended} of {len(self._layers)} attention layers "
                 "in a forward pass; each must be called exactly once"
             )
-        return logits
+        return predictions
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -99,16 +108,20 @@ class ModelRunner:
         self._hook.close()
         self._layers = {}
 
-    def _logits(self, inputs: dict[str, Any], wanted: list[int]) -> torch.Tensor:
+    def _predictions(self, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         if not wanted:
             self._model.base_model(**inputs)
-            return torch.empty(0, self._model.config.get_text_config().vocab_size, device=self._device)
-        rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
+            vocab_size = self._model.config.get_text_config().vocab_size
+            return GivenLogits(torch.empty(0, vocab_size, device=self._device))
+        if self._output_layer is not None:
+            hidden = self._model.base_model(**inputs).last_hidden_state[0]
+            return HiddenStates(hidden[rows], self._output_layer, self._scratch)
         if self._keeps_rows:
             logits: torch.Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]
         else:
             logits = self._model(**inputs).logits[0, rows]
-        return logits.float()
+        return GivenLogits(self._scratch.widened(logits))
 
     def _attend(
         self,

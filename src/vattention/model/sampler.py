@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vattention.errors import RequestError, VAttentionError
 from vattention.model.draw import Row, draw, uniform
+from vattention.model.head import GivenLogits, Predictions
 from vattention.model.logits import adjust, needs_adjustment
 from vattention.model.logprobs import token_logprobs
 from vattention.outputs import TokenLogprobs
@@ -67,17 +66,29 @@ class SampledToken:
     error: VAttentionError | None = None
 
 
-def sample(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+def sample(predictions: Predictions, indices: Sequence[int], rows: Sequence[SampleRow]) -> list[SampledToken]:
     """Choose a token for each row; one row's bad logits are that row's error alone.
 
     Args:
-        logits: [R, V] float32, unchanged by this call.
-        rows: R of them.
+        predictions: of which row `indices[i]` foretells the next token of `rows[i]`.
     """
     if not rows:
         return []
-    token_ids, largest = _argmax(logits)
-    return [_choose(logits[i], row, int(token_ids[i]), float(largest[i])) for i, row in enumerate(rows)]
+    plain = [i for i, row in enumerate(rows) if row.is_plain_greedy]
+    others = [i for i, row in enumerate(rows) if not row.is_plain_greedy]
+    chosen: dict[int, SampledToken] = {}
+    if plain:
+        token_ids, largest = predictions.likeliest([indices[i] for i in plain])
+        for i, token_id, value in zip(plain, token_ids.tolist(), largest.tolist(), strict=True):
+            error = logits_error(value)
+            chosen[i] = SampledToken(token_id) if error is None else SampledToken(-1, error=error)
+    if others:
+        given = GivenLogits(predictions.logits([indices[i] for i in others]))
+        everything = range(len(others))
+        token_ids, largest = given.likeliest(everything)
+        for i, logits, likeliest, value in zip(others, given.logits(everything), token_ids, largest, strict=True):
+            chosen[i] = _choose(logits, rows[i], int(likeliest), float(value))
+    return [chosen[i] for i in range(len(rows))]
 
 
 def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
@@ -103,16 +114,6 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
             )
 
 
-def _argmax(logits: torch.Tensor) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Each row's first largest logit, NaN counting as largest: its index and its value."""
-    if logits.is_cuda:
-        largest, token_ids = logits.max(dim=-1)
-        return token_ids.cpu().numpy(), largest.cpu().numpy()
-    array = _host(logits)
-    ids = array.argmax(axis=-1)  # several times faster than torch's on a CPU
-    return ids, array[np.arange(len(ids)), ids]
-
-
 def _host(logits: torch.Tensor) -> Row:
     array: Row = logits.detach().cpu().numpy()
     return array
@@ -122,8 +123,6 @@ def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: fl
     error = logits_error(largest)
     if error is not None:
         return SampledToken(-1, error=error)
-    if wanted.is_plain_greedy:
-        return SampledToken(likeliest)
     params = wanted.params
     raw = row = _host(logits)
     if wanted.is_adjusted:

@@ -12,7 +12,9 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _log = logging.getLogger(__name__)
@@ -135,6 +137,12 @@ class Kernels:
         self._linear = library.vattention_linear
         self._linear.restype = c_int32
         self._linear.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32, c_void_p)
+        self._largest = library.vattention_largest
+        self._largest.restype = c_int32
+        self._largest.argtypes = (
+            *(c_void_p, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_void_p, c_int32, c_void_p),
+        )
         self._rms_norm = library.vattention_rms_norm
         self._rms_norm.restype = None
         self._rms_norm.argtypes = (
@@ -170,6 +178,26 @@ class Kernels:
             x.shape[0],
             y.data_ptr(),
             _DTYPES[y.dtype],
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status != 0:
+            raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
+
+    def largest(
+        self, weight: LinearWeight, x: Tensor, columns: NDArray[np.int64], values: NDArray[np.float32]
+    ) -> None:
+        """Each row's first largest number of x[rows, in] W^T + b, NaN counting as largest: its column and itself.
+
+        One row or more, each contiguous.
+        """
+        status = self._largest(
+            ctypes.addressof(weight),
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            columns.ctypes.data,
+            values.ctypes.data,
             torch.get_num_threads(),
             self._parallel,
         )

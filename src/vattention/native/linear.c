@@ -141,15 +141,23 @@ static const tile_set *set_for(int32_t dtype, int64_t num_in) {
     return best.pairs && num_in % 2 == 0 ? best.pairs : best.bfloat16;
 }
 
+/* The first largest number of a row, NaN counting as largest; column is -1 before there is one. */
+typedef struct {
+    int64_t column;
+    float value;
+} best_column;
+
 typedef struct {
     const vattention_weight *weight;
     const void *x;
     void *y;
+    int64_t y_stride;
     int32_t y_dtype;
     float *workspace; /* one thread's after the other's; NULL where x is taken as it is */
     int64_t workspace_floats; /* of one thread */
     int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
     const tile_set *set;
+    best_column *winners; /* [threads, num_rows], or NULL where y is wanted */
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
@@ -176,8 +184,8 @@ static void widen(const job *j, int64_t first, int64_t rows, float *out) {
     }
 }
 
-/* The rows of one block times one panel. */
-static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel, const float *widened,
+/* The rows of one block times one panel, to y[rows, 32]. */
+static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel, const float *widened, char *y,
                         int64_t *configured) {
     const vattention_weight *w = j->weight;
     const int64_t element = w->dtype == FLOAT32 ? 4 : 2, y_element = j->y_dtype == FLOAT32 ? 4 : 2;
@@ -191,7 +199,7 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
         .panel = packed,
         .ahead_step = COLUMNS * 4 / num_tiles,
         .bias = w->bias ? w->bias + out : NULL,
-        .y_stride = w->num_out,
+        .y_stride = j->y_stride,
         .num_in = w->num_in,
         .columns = w->num_out - out < COLUMNS ? w->num_out - out : COLUMNS,
         .y_dtype = j->y_dtype,
@@ -205,7 +213,7 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
         args.widened = widened + row * STRIP_STRIDE;
         args.x = (const char *)j->x + (first + row) * j->x_stride * element;
         args.ahead = packed + panel_nbytes + panel_nbytes * tile / num_tiles;
-        args.y = (char *)j->y + ((first + row) * w->num_out + out) * y_element;
+        args.y = y + row * j->y_stride * y_element;
         if (j->set->begin && *configured != args.rows) {
             j->set->begin(args.rows);
             *configured = args.rows;
@@ -214,15 +222,38 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
     }
 }
 
+static int larger(float a, float b) { return a > b || (a != a && b == b); }
+
+/* Lets the numbers of y[rows, columns], which follow column `first` of the result, compete. */
+static void compete(best_column *winners, const float *y, int64_t stride, int64_t rows, int64_t first, int64_t columns) {
+    for (int64_t m = 0; m < rows; m++, y += stride) {
+        float most = y[0];
+        int nan = 0;
+        for (int64_t i = 0; i < columns; i++) {
+            most = y[i] > most ? y[i] : most;
+            nan |= y[i] != y[i];
+        }
+        best_column *winner = &winners[m];
+        if (!nan && winner->column >= 0 && !larger(most, winner->value)) {
+            continue;
+        }
+        for (int64_t i = 0; i < columns; i++) {
+            if (winner->column < 0 || larger(y[i], winner->value)) {
+                *winner = (best_column){first + i, y[i]};
+            }
+        }
+    }
+}
+
 /* A thread's share: items, each a block of rows times a group of panels, until none is left. Threads that run
  * late, because other processes hold their cores, take fewer. */
 static void work(void *argument) {
     job *j = argument;
-    const int64_t num_panels = (j->weight->num_out + COLUMNS - 1) / COLUMNS;
-    float *x = j->workspace;
-    if (x) {
-        x += j->workspace_floats * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
-    }
+    const int64_t num_out = j->weight->num_out, num_panels = (num_out + COLUMNS - 1) / COLUMNS;
+    const int64_t y_element = j->y_dtype == FLOAT32 ? 4 : 2;
+    const int64_t thread = __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
+    float *x = j->set->widens ? j->workspace + j->workspace_floats * thread : NULL;
+    float *part = j->winners ? j->workspace + j->workspace_floats * (thread + 1) - j->block_rows * j->y_stride : NULL;
     int64_t block_in_x = -1, configured = 0;
     for (;;) {
         const int64_t item = __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
@@ -236,14 +267,53 @@ static void work(void *argument) {
             widen(j, first, rows, x);
             block_in_x = block;
         }
-        const int64_t end = (group + 1) * j->panels_each;
-        for (int64_t panel = group * j->panels_each; panel < end && panel < num_panels; panel++) {
-            panel_times(j, first, rows, panel, x, &configured);
+        const int64_t begin = group * j->panels_each, end = begin + j->panels_each;
+        char *y = part ? (char *)part : (char *)j->y + (first * num_out + begin * COLUMNS) * y_element;
+        for (int64_t panel = begin; panel < end && panel < num_panels; panel++) {
+            panel_times(j, first, rows, panel, x, y + (panel - begin) * COLUMNS * y_element, &configured);
+        }
+        if (part) {
+            const int64_t left = num_out - begin * COLUMNS, columns = j->panels_each * COLUMNS;
+            compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, begin * COLUMNS,
+                    left < columns ? left : columns);
         }
     }
     if (configured) {
         j->set->end();
     }
+}
+
+/* Cuts the work into items and has it done; `part_floats` numbers per row of a block are a thread's own. */
+static int32_t run(job *j, int64_t most_panels, int64_t part_floats, int32_t num_threads, parallel_fn parallel) {
+    const vattention_weight *weight = j->weight;
+    j->set = set_for(weight->dtype, weight->num_in);
+    int64_t most = (j->set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
+    most = !j->set->widens && most < WHOLE_BLOCK_ROWS ? WHOLE_BLOCK_ROWS : most;
+    most = j->set->widens && most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
+    j->num_blocks = (j->num_rows + most - 1) / most;
+    j->block_rows = (j->num_rows + j->num_blocks - 1) / j->num_blocks;
+    if (j->num_blocks > 1) {
+        j->block_rows = (j->block_rows + j->set->tile_rows - 1) / j->set->tile_rows * j->set->tile_rows;
+    }
+    const int64_t num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
+    j->panels_each = num_panels / (16 * num_threads) + 1;
+    j->panels_each = j->panels_each < most_panels ? j->panels_each : most_panels;
+    j->num_groups = (num_panels + j->panels_each - 1) / j->panels_each;
+    const int64_t widened_floats = j->set->widens ? num_strips(weight->num_in) * j->block_rows * STRIP_STRIDE : 0;
+    j->workspace_floats = (widened_floats + part_floats * j->block_rows + 15) / 16 * 16;
+    if (j->workspace_floats > 0) {
+        j->workspace = aligned_alloc(64, (size_t)(num_threads * j->workspace_floats) * sizeof(float));
+        if (j->workspace == NULL) {
+            return -1;
+        }
+    }
+    if (num_threads == 1 || j->num_rows * weight->num_out * weight->num_in < ALONE) {
+        work(j);
+    } else {
+        parallel(work, j, (unsigned)num_threads, 0);
+    }
+    free(j->workspace);
+    return 0;
 }
 
 /* y[num_rows, num_out] = x[num_rows, num_in] W^T + b on at most `num_threads` threads, for one row or more.
@@ -252,31 +322,41 @@ static void work(void *argument) {
  * of y are adjacent. Returns 0, or -1 where memory ran short, with y untouched. */
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel) {
-    job j = {.weight = weight, .x = x, .y = y, .y_dtype = y_dtype, .x_stride = x_stride, .num_rows = num_rows};
-    j.set = set_for(weight->dtype, weight->num_in);
-    int64_t most = (j.set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
-    most = !j.set->widens && most < WHOLE_BLOCK_ROWS ? WHOLE_BLOCK_ROWS : most;
-    most = j.set->widens && most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
-    j.num_blocks = (num_rows + most - 1) / most;
-    j.block_rows = (num_rows + j.num_blocks - 1) / j.num_blocks;
-    if (j.num_blocks > 1) {
-        j.block_rows = (j.block_rows + j.set->tile_rows - 1) / j.set->tile_rows * j.set->tile_rows;
+    job j = {.weight = weight, .x = x, .y = y, .y_stride = weight->num_out, .y_dtype = y_dtype, .x_stride = x_stride};
+    j.num_rows = num_rows;
+    return run(&j, INT64_MAX, 0, num_threads, parallel);
+}
+
+/* Each row's first largest number of y = x W^T + b, NaN counting as largest: its column, and itself in float32.
+ *
+ * y is never whole in memory. Otherwise as above. */
+int32_t vattention_largest(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows,
+                           int64_t *columns, float *values, int32_t num_threads, parallel_fn parallel) {
+    enum { PANELS = 32 };
+    job j = {.weight = weight, .x = x, .y_stride = PANELS * COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride};
+    j.num_rows = num_rows;
+    j.winners = malloc((size_t)(num_threads * num_rows) * sizeof(best_column));
+    if (j.winners == NULL) {
+        return -1;
     }
-    const int64_t num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
-    j.panels_each = num_panels / (16 * num_threads) + 1;
-    j.num_groups = (num_panels + j.panels_each - 1) / j.panels_each;
-    if (j.set->widens) {
-        j.workspace_floats = num_strips(weight->num_in) * j.block_rows * STRIP_STRIDE;
-        j.workspace = aligned_alloc(64, (size_t)(num_threads * j.workspace_floats) * sizeof(float));
-        if (j.workspace == NULL) {
-            return -1;
+    for (int64_t i = 0; i < num_threads * num_rows; i++) {
+        j.winners[i].column = -1;
+    }
+    const int32_t status = run(&j, PANELS, PANELS * COLUMNS, num_threads, parallel);
+    for (int64_t m = 0; status == 0 && m < num_rows; m++) {
+        best_column best_of_all = {.column = -1};
+        for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {
+            const best_column *own = &j.winners[i];
+            const int equal = own->value == best_of_all.value ||
+                              (own->value != own->value && best_of_all.value != best_of_all.value);
+            if (own->column >= 0 && (best_of_all.column < 0 || larger(own->value, best_of_all.value) ||
+                                     (equal && own->column < best_of_all.column))) {
+                best_of_all = *own;
+            }
         }
+        columns[m] = best_of_all.column;
+        values[m] = best_of_all.value;
     }
-    if (num_threads == 1 || num_rows * weight->num_out * weight->num_in < ALONE) {
-        work(&j);
-    } else {
-        parallel(work, &j, (unsigned)num_threads, 0);
-    }
-    free(j.workspace);
-    return 0;
+    free(j.winners);
+    return status;
 }

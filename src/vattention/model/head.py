@@ -1,0 +1,120 @@
+"""From hidden states to next tokens: the output layer, the largest weight of a small model with a large vocabulary.
+
+Logits of 262,144 tokens and 32 sequences are 33 MB in float32, and fresh memory costs more than the numbers in it.
+So those that are wanted go to memory that is used again, and whoever asks for the likeliest tokens alone gets them
+without any logits in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vattention.model.linear import NativeLinear, PackedLinear
+
+_KEPT_NUMBERS = 1 << 24
+"""Most logits whose memory is kept for the next forward."""
+
+
+class Predictions(Protocol):
+    """What a forward pass foretells: the rows of logits that its chunks asked for, computed as they are needed."""
+
+    def __len__(self) -> int: ...
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """[len(rows), V] float32, to be read until the next call of this model's predictions."""
+        ...
+
+    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The first largest logit of each row, NaN counting as largest: its index and its value."""
+        ...
+
+
+class GivenLogits:
+    """Predictions from logits that are all there: [R, V] float32."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        return self._logits if list(rows) == list(range(len(self))) else self._logits[list(rows)]
+
+    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        logits = self.logits(rows)
+        if logits.is_cuda:
+            largest, token_ids = logits.max(dim=-1)
+            return token_ids.cpu().numpy(), largest.cpu().numpy()
+        array: NDArray[np.float32] = logits.detach().numpy()
+        ids = array.argmax(axis=-1)  # several times faster than torch's on a CPU
+        return ids, array[np.arange(len(ids)), ids]
+
+
+class HiddenStates:
+    """Predictions from the last hidden states [R, hidden] and the output layer."""
+
+    def __init__(self, hidden: Tensor, layer: NativeLinear, scratch: Scratch) -> None:
+        self._hidden = hidden
+        self._layer = layer
+        self._scratch = scratch
+
+    def __len__(self) -> int:
+        return len(self._hidden)
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        y = self._scratch.take(len(rows), self._layer.num_out)
+        if len(rows):
+            self._layer.write(self._hidden[list(rows)], y)
+        return y
+
+    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        return self._layer.largest(self._hidden if len(rows) == len(self) else self._hidden[list(rows)])
+
+
+class Scratch:
+    """Memory for logits that one forward after the other uses."""
+
+    def __init__(self) -> None:
+        self._kept = torch.empty(0)
+
+    def take(self, num_rows: int, width: int) -> Tensor:
+        """Uninitialised float32 [num_rows, width], until the next call."""
+        numel = num_rows * width
+        if numel > _KEPT_NUMBERS:
+            return torch.empty(num_rows, width)
+        if numel > len(self._kept):
+            self._kept = torch.empty(numel)
+        return self._kept[:numel].view(num_rows, width)
+
+    def widened(self, logits: Tensor) -> Tensor:
+        """[R, V] as float32; on processors in this memory, unless they are that already."""
+        if logits.is_cuda or logits.dtype == torch.float32:
+            return logits.float()
+        return self.take(*logits.shape).copy_(logits)
+
+
+def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
+    """The output layer, if it runs on the compiled kernels and nothing comes after it.
+
+    Models that cap or scale their logits, or whose hidden states cannot be had apart, compute something else with
+    it than the plain product: a few tokens show.
+    """
+    module = model.get_output_embeddings()
+    layer = module.method if isinstance(module, PackedLinear) else None
+    if not isinstance(layer, NativeLinear) or model.base_model is model:
+        return None
+    token_ids = torch.arange(5)[None]
+    with torch.inference_mode():
+        logits = model(input_ids=token_ids, use_cache=False).logits
+        outputs = model.base_model(input_ids=token_ids, use_cache=False)
+        hidden = getattr(outputs, "last_hidden_state", None)
+        same = hidden is not None and torch.equal(module(hidden), logits)
+    return layer if same else None
