@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Sequence
 
@@ -91,6 +92,27 @@ class FakeRunner:
 
     def close(self) -> None:
         self.closed = True
+
+
+class SteppedRunner(FakeRunner):
+    """Computes only as many forward passes as it is given: `steps.release(count)`.
+
+    Attributes:
+        num_begun: forward passes asked for so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = threading.Semaphore(0)
+        self.num_begun = 0
+
+    def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        self.num_begun += 1
+        self.steps.acquire()
+        return super().forward(chunks)
+
+    def run_free(self) -> None:
+        self.steps.release(10_000)
 
 
 def read_tokens(view: CacheView, slot: int, start: int, end: int) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fakes import FakeRunner, completion, fake_engine
+from tests.engine.fakes import SteppedRunner, completion, fake_engine
 from vattention.engine.async_engine import AsyncEngine
 from vattention.errors import ContextLengthError, EngineStoppedError, QueueFullError
 from vattention.sampling_params import SamplingParams
@@ -64,6 +64,19 @@ async def test_leaving_early_frees_the_memory(engine: AsyncEngine) -> None:
     assert engine.statistics().accounts.live_nbytes == 0
 
 
+async def test_an_abort_from_elsewhere_ends_the_stream() -> None:
+    runner = SteppedRunner()
+    engine = AsyncEngine(fake_engine(runner=runner))
+    stream = engine.submit(tokens(*[5] * 4), greedy(20))
+    runner.steps.release(1)
+    assert not (await anext(stream)).finished
+    engine.abort(stream.request_id)
+    runner.run_free()
+    assert not any([output.finished async for output in stream])
+    assert [output async for output in stream] == []
+    engine.shutdown()
+
+
 async def test_a_third_hangs_up_at_random_and_nothing_stays(engine: AsyncEngine) -> None:
     rng = random.Random(0)
 
@@ -88,24 +101,18 @@ async def test_a_third_hangs_up_at_random_and_nothing_stays(engine: AsyncEngine)
 
 
 async def test_a_full_queue_refuses_with_a_time_to_retry() -> None:
-    gate = threading.Event()
-
-    class Held(FakeRunner):
-        def forward(self, chunks: Any) -> Any:
-            gate.wait()
-            return super().forward(chunks)
-
-    engine = AsyncEngine(fake_engine(num_slots=1, max_queue=2, runner=Held()))
+    runner = SteppedRunner()
+    engine = AsyncEngine(fake_engine(num_slots=1, max_queue=2, runner=runner))
     try:
         streams = [engine.submit(tokens(5), greedy(1)) for _ in range(3)]
         with pytest.raises(QueueFullError, match="max_queue=2") as refusal:
             engine.submit(tokens(5), greedy(1))
         assert refusal.value.retry_after_s >= 1.0
-        gate.set()
+        runner.run_free()
         for stream in streams:
             assert [output.finished async for output in stream][-1]
     finally:
-        gate.set()
+        runner.run_free()
         engine.shutdown()
 
 
@@ -119,16 +126,10 @@ async def test_drain_lets_running_requests_finish_and_refuses_new_ones(engine: A
 
 
 async def test_shutdown_ends_streams_with_an_error() -> None:
-    gate = threading.Event()
-
-    class Held(FakeRunner):
-        def forward(self, chunks: Any) -> Any:
-            gate.wait()
-            return super().forward(chunks)
-
-    engine = AsyncEngine(fake_engine(runner=Held()))
+    runner = SteppedRunner()
+    engine = AsyncEngine(fake_engine(runner=runner))
     stream = engine.submit(tokens(5), greedy(40))
-    threading.Timer(0.1, gate.set).start()
+    threading.Timer(0.1, runner.run_free).start()
     await asyncio.to_thread(engine.shutdown)
     with pytest.raises(EngineStoppedError, match="stopped before"):
         async for _ in stream:

@@ -1,7 +1,8 @@
 """The engine on a thread of its own, for callers on an event loop.
 
-The thread sleeps while there is nothing to do. Requests enter through an inbox, outputs leave through one stream
-per request. Outputs are cumulative, so a stream keeps the newest only: a slow reader costs no memory.
+The thread sleeps while there is nothing to do. What callers want done on it enters as orders, which it carries out
+between two steps, first come first served; outputs leave through one stream per request. Outputs are cumulative, so
+a stream keeps the newest only: a slow reader costs no memory.
 """
 
 from __future__ import annotations
@@ -11,20 +12,27 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, Self
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
-from vattention.engine.request import Request
+from vattention.engine.orders import Order
 from vattention.engine.stats import EngineStatistics, StatsListener
-from vattention.errors import EngineStoppedError, QueueFullError
+from vattention.engine.stream import RequestStream, Streams
+from vattention.errors import EngineStoppedError
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 IDLE_KEEP_S, IDLE_KEEP_CACHED_S = 10.0, 600.0
 """Warm memory goes back to the system after so long without a request; the latter where it is a prefix cache."""
@@ -33,70 +41,18 @@ IDLE_LOOK_S = 5.0
 """How often an idle engine that still keeps memory looks whether the machine can spare it."""
 
 
-class RequestStream:
-    """The outputs of one request, as an async iterator that always yields the newest.
-
-    Leaving it early with `aclose` aborts the request and frees its memory.
-    """
-
-    def __init__(self, engine: AsyncEngine, request_id: str) -> None:
-        self.request_id = request_id
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._news = asyncio.Event()
-        self._latest: RequestOutput | None = None
-        self._failure: BaseException | None = None
-        self._finished = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        if self._finished:
-            raise StopAsyncIteration
-        try:
-            await self._news.wait()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        self._news.clear()
-        if self._latest is None:
-            self._finished = True
-            raise EngineStoppedError("the engine stopped before the request ended") from self._failure
-        output, self._latest = self._latest, None
-        self._finished = output.finished
-        return output
-
-    async def aclose(self) -> None:
-        """Abort the request unless it has finished."""
-        if not self._finished:
-            self._finished = True
-            self._engine.abort(self.request_id)
-
-    def _deliver(self, output: RequestOutput) -> None:
-        self._latest = output
-        self._news.set()
-
-    def _fail(self, error: BaseException | None) -> None:
-        self._failure = error
-        self._latest = None
-        self._news.set()
-
-
 class AsyncEngine:
     """Serves requests from any number of tasks on one engine thread."""
 
     def __init__(self, engine: LLMEngine) -> None:
         self._engine = engine
         self._wake = threading.Condition()
-        self._inbox: list[Request] = []
-        self._aborts: list[str] = []
-        self._streams: dict[str, RequestStream] = {}
+        self._orders: deque[Order] = deque()
+        self._streams = Streams(engine.config.max_num_seqs, engine.config.max_queue)
         self._ids = itertools.count()
         self._refusing = False
         self._stopping = False
         self._failure: BaseException | None = None
-        self._mean_duration_s = 1.0
         self._thread = threading.Thread(target=self._run, name="vattention-engine", daemon=True)
         self._thread.start()
 
@@ -152,22 +108,10 @@ class AsyncEngine:
             EngineStoppedError: the engine drains, has stopped or died.
         """
         self._check_serving()
-        request = self._engine.prepare(request_id or f"request-{next(self._ids)}", prompt, params, priority)
-        stream = RequestStream(self, request.id)
+        request = self._engine.prepare(request_id or self._new_id(), prompt, params, priority)
         with self._wake:
-            self._check_serving()
-            if request.id in self._streams:
-                raise ValueError(f"request id {request.id!r} is in use")
-            # Those beyond the free slots wait; a request that starts at once is never refused.
-            excess = len(self._streams) - self.config.max_num_seqs
-            if excess >= self.config.max_queue:
-                raise QueueFullError(
-                    f"{excess} requests wait already (max_queue={self.config.max_queue})",
-                    retry_after_s=max(1.0, self._mean_duration_s),
-                )
-            self._streams[request.id] = stream
-            self._inbox.append(request)
-            self._wake.notify_all()
+            stream = self._open(request.id)
+            self._give(Order(partial(self._engine.start, request)))
         return stream
 
     async def generate(
@@ -187,11 +131,54 @@ class AsyncEngine:
             await stream.aclose()
 
     def abort(self, request_id: str) -> None:
-        """Stop a request; its memory is free before the next step. An unknown id is no error."""
+        """Stop a request and end its stream; its memory is free before the next step. An unknown id is no error."""
         with self._wake:
-            self._streams.pop(request_id, None)
-            self._aborts.append(request_id)
-            self._wake.notify_all()
+            self._streams.end(request_id)
+            self._give(Order(partial(self._engine.abort, request_id)))
+
+    async def suspend(self, request_id: str, path: str | Path) -> None:
+        """Write a running or waiting request to a file and end it here, so that `resume` goes on with it.
+
+        Its stream ends without a finished output. Works while the engine drains, too. No step is computed while the
+        file is written. Whoever is cancelled meanwhile finds the request either suspended or running on.
+
+        Raises:
+            RequestError: no such request runs, or it is a beam search.
+            OSError, DriverError: the file cannot be written; the request runs on.
+            EngineStoppedError: the engine has stopped or died.
+        """
+        await self._have_done(partial(self._suspend, request_id, path))
+
+    async def suspend_finished(self, output: RequestOutput, path: str | Path, cache_salt: str = "") -> None:
+        """Write a finished conversation to a file, with what the prefix cache still has of it.
+
+        Raises:
+            OSError, DriverError: the file cannot be written.
+            OutOfMemoryError: no slot is free to look into the cache.
+            EngineStoppedError: the engine has stopped or died.
+        """
+        await self._have_done(partial(self._engine.suspend_finished, output, path, cache_salt))
+
+    async def resume(self, path: str | Path, *, request_id: str | None = None, priority: int = 0) -> RequestStream:
+        """Take in a file of `suspend` or `suspend_finished`: a request that was running goes on with the next step.
+
+        Returns:
+            The request's stream. It begins with the conversation as it was suspended, or with something newer.
+
+        Raises:
+            OSError: the file cannot be read.
+            RequestError: it is damaged, of another model, or does not fit this engine's context.
+            OutOfMemoryError: no slot or no memory is free for what goes into the prefix cache.
+            QueueFullError, EngineStoppedError: as `submit`.
+        """
+        with self._wake:
+            stream = self._open(request_id or self._new_id())
+        try:
+            await self._have_done(partial(self._resume, stream.request_id, path, priority))
+        except BaseException:
+            self._leave(stream)
+            raise
+        return stream
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, and wait until the running ones have finished or the time is over."""
@@ -208,25 +195,73 @@ class AsyncEngine:
             self._wake.notify_all()
         self._thread.join()
 
+    def _new_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    def _open(self, request_id: str) -> RequestStream:
+        self._check_serving()
+        return self._streams.open(request_id, self._leave)
+
+    def _leave(self, stream: RequestStream) -> None:
+        """Abort the request of a stream that nobody reads any more."""
+        with self._wake:
+            if stream in self._streams:
+                self.abort(stream.request_id)
+
+    def _give(self, order: Order) -> None:
+        """Have the engine's thread carry out an order."""
+        self._orders.append(order)
+        self._wake.notify_all()
+
+    async def _have_done(self, work: Callable[[], Result]) -> Result:
+        """Have the engine's thread do something, and wait for what comes of it."""
+        promise: Future[Result] = Future()
+        with self._wake:
+            if self._stopping or self._failure is not None:
+                raise self._stopped()
+            self._give(Order(work, promise))
+        return await asyncio.wrap_future(promise)
+
+    def _suspend(self, request_id: str, path: str | Path) -> None:
+        """The engine's thread's part of `suspend`."""
+        self._engine.suspend(request_id, path)
+        with self._wake:
+            self._streams.end(request_id)
+
+    def _resume(self, request_id: str, path: str | Path, priority: int) -> None:
+        """The engine's thread's part of `resume`."""
+        output = self._engine.resume(path, request_id, priority)
+        with self._wake:
+            self._streams.deliver(output)
+
+    def _stopped(self) -> EngineStoppedError:
+        died = self._failure is not None
+        error = EngineStoppedError("the engine has died" if died else "the engine has been shut down")
+        error.__cause__ = self._failure
+        return error
+
     def _check_serving(self) -> None:
         if self._failure is not None:
-            raise EngineStoppedError("the engine has died") from self._failure
+            raise self._stopped()
         if self._refusing:
             raise EngineStoppedError("the engine is shutting down and takes no more requests")
 
     def _run(self) -> None:
         try:
             while self._take_orders():
-                self._deliver(self._engine.step())
+                outputs = self._engine.step()
+                with self._wake:
+                    for output in outputs:
+                        self._streams.deliver(output)
         except BaseException as error:
             logger.exception("the engine died")
             self._failure = error
         finally:
             with self._wake:
                 self._refusing = True
-                streams, self._streams = self._streams, {}
-            for stream in streams.values():
-                _on_loop_of(stream, stream._fail, self._failure)
+                self._streams.fail(self._failure)
+                while self._orders:
+                    self._orders.popleft().refuse(self._stopped())
             self._engine.close()
 
     def _sleep(self) -> None:
@@ -246,38 +281,10 @@ class AsyncEngine:
             self._sleep()
             if self._stopping:
                 return False
-            arrived, self._inbox = self._inbox, []
-            aborted, self._aborts = self._aborts, []
-        for request in arrived:
-            self._engine.start(request)
-        for request_id in aborted:
-            self._engine.abort(request_id)
+            num_orders = len(self._orders)
+        for _ in range(num_orders):
+            self._orders.popleft().carry_out()
         return True
 
     def _has_work(self) -> bool:
-        return bool(self._stopping or self._inbox or self._aborts or self._engine.has_unfinished_requests())
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue
-            if output.finished:
-                with self._wake:
-                    self._streams.pop(output.request_id, None)
-                self._learn_duration(output)
-            _on_loop_of(stream, stream._deliver, output)
-
-    def _learn_duration(self, output: RequestOutput) -> None:
-        metrics = output.metrics
-        if metrics is not None and metrics.finished_time is not None:
-            self._mean_duration_s += 0.1 * (metrics.finished_time - metrics.arrival_time - self._mean_duration_s)
-
-
-def _on_loop_of(stream: RequestStream, function: Any, argument: object) -> None:
-    """Call on the stream's event loop, unless that loop has gone with its readers."""
-    try:
-        stream._loop.call_soon_threadsafe(function, argument)
-    except RuntimeError:
-        if not stream._loop.is_closed():
-            raise
+        return bool(self._stopping or self._orders or self._engine.has_unfinished_requests())
