@@ -19,9 +19,10 @@ from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.intake import Intake
 from vattention.engine.parts import Parts
+from vattention.engine.plan import Plan
 from vattention.engine.preemption import Swapper
 from vattention.engine.request import Request
-from vattention.engine.scheduler import Plan, Scheduler
+from vattention.engine.scheduler import Scheduler
 from vattention.engine.sequence import Sequence
 from vattention.engine.stats import EngineStatistics, Stats, StatsListener
 from vattention.engine.suspend import Suspender

@@ -58,6 +58,21 @@ class Sequence:
         return self.num_tokens if beams is None else beams.num_computable(self)
 
     @property
+    def wanted_token_ids(self) -> list[int]:
+        """The tokens that it will compute or find in the cache once it has a slot."""
+        return self.token_ids(0, min(self.num_computable + 1, self.num_tokens))
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether logits of prompt tokens are still to be reported."""
+        request = self.request
+        return (
+            request.params.prompt_logprobs is not None
+            and self.index == 0
+            and len(request.prompt_logprobs or ()) < len(request.prompt_token_ids)
+        )
+
+    @property
     def priority(self) -> tuple[int, int, int]:
         """Smaller goes first: the request's priority, then first come first served."""
         return (self.request.priority, self.request.arrival, self.index)
@@ -98,6 +113,12 @@ class Sequence:
                 self.finish("stop", stop)
             elif len(self.output_token_ids) >= self.request.max_tokens:
                 self.finish("length", None)
+
+    def free_image(self) -> None:
+        """What is kept of it outside the cache is not needed any more."""
+        image, self.image = self.image, None
+        if image is not None:
+            image.free()
 
     def branch(self, index: int) -> Sequence:
         """Another sequence with the same tokens and text, which has no slot and goes its own way from here."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from vattention.outputs import RequestMetrics
 
 if TYPE_CHECKING:
+    from vattention.engine.plan import Plan
     from vattention.engine.request import Request
-    from vattention.engine.scheduler import Plan
     from vattention.engine.sequence import Sequence
     from vattention.kv.manager import Accounts
 
