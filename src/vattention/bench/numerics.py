@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vattention import __version__
 from vattention.attention.compiled import STRIP_KEYS, NativeKernel, PagedKernel
 from vattention.attention.eager import EagerKernel
 from vattention.attention.gathered import GatheredKernel
@@ -27,11 +29,11 @@ from vattention.kv.manager import LayerView, PagedLayerView
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, key_dim=64, value_dim=64, scale=0.125)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LENGTHS = (64, 512, 4096)
+LENGTHS = (64, 256, 1024, 4096, 16384)
 SCALES = (1.0, 4.0)
 ROWS = {"decode": 1, "prefill": 64}
 NUM_SEQUENCES = 4
-STRIPS = (16, STRIP_KEYS)
+STRIPS = (16, 32, 64, STRIP_KEYS)
 BLOCK_SIZES = (1, 16, 256)
 
 
@@ -55,7 +57,7 @@ class Deviation:
     """One kernel's distance from the reference on one set of inputs.
 
     Attributes:
-        kernel: its name, with what was chosen of its own: keys in a strip, tokens in a block.
+        kernel: its name, with its tile: keys in a strip for "native", tokens in a block for those that read blocks.
         phase: "decode", one query row per sequence, or "prefill", a chunk of them.
         maximum, mean: of the absolute differences, over all numbers of the output, which are of the order of 1.
     """
@@ -136,11 +138,11 @@ class Subject:
 def subjects(dtype: torch.dtype) -> list[Subject]:
     """Every kernel that computes here, in every way it can be told to."""
     known = (
-        *(Subject(NativeKernel(strip), f"native, strips of {strip}") for strip in STRIPS),
+        *(Subject(NativeKernel(strip), f"native {strip}") for strip in STRIPS),
         Subject(SdpaKernel(), "sdpa"),
         Subject(EagerKernel(), "eager"),
-        *(Subject(PagedKernel(), f"paged, blocks of {size}", size) for size in BLOCK_SIZES),
-        Subject(GatheredKernel(), "gathered, blocks of 16", 16),
+        *(Subject(PagedKernel(), f"paged {size}", size) for size in BLOCK_SIZES),
+        Subject(GatheredKernel(), "gathered 16", 16),
     )
     return [s for s in known if s.kernel.unsupported(SPEC, dtype, torch.device("cpu")) is None]
 
@@ -162,24 +164,38 @@ def in_blocks(view: LayerView, block_size: int) -> PagedLayerView:
 
 
 def table(deviations: Sequence[Deviation]) -> str:
-    """One type, phase and scale: kernels in rows, lengths in columns; largest and mean deviation."""
+    """One type, phase and scale in Markdown: kernels in rows, lengths in columns; largest and mean deviation.
+
+    Kernels whose figures look the same share a row.
+    """
     first = deviations[0]
     lengths = list(dict.fromkeys(found.length for found in deviations))
-    lines = [
-        f"{first.dtype}, {first.phase}, inputs of scale {first.scale:g}",
-        f"  {'largest and mean':<24}" + "".join(f"{f'{length} tokens':>22}" for length in lengths),
-    ]
+    kernels: dict[str, list[str]] = {}
     for kernel in dict.fromkeys(found.kernel for found in deviations):
-        cells = [f"{f.maximum:>13.1e}{f.mean:>9.1e}" for f in deviations if f.kernel == kernel]
-        lines.append(f"  {kernel:<24}" + "".join(cells))
-    return "\n".join(lines)
+        cells = [f"{f.maximum:.1e}, {f.mean:.1e}" for f in deviations if f.kernel == kernel]
+        kernels.setdefault(" | ".join(cells), []).append(kernel)
+    return "\n".join(
+        [
+            f"### {first.dtype}, {first.phase}, inputs of scale {first.scale:g}",
+            "",
+            f"| {' | '.join(f'{length:,} tokens' for length in lengths)} | kernels |",
+            f"|{'---|' * (len(lengths) + 1)}",
+            *(f"| {cells} | {', '.join(names)} |" for cells, names in kernels.items()),
+            "",
+        ]
+    )
 
 
 def to_json(settings: Settings, deviations: Sequence[Deviation]) -> dict[str, Any]:
     """What was measured, and with what."""
+    words = ["vattention", "numerics", *(f"--length {length}" for length in settings.lengths)]
+    words += [f"--scale {scale:g}" for scale in settings.scales]
     return {
-        "torch": torch.__version__,
+        "command": " ".join([*words, f"--seed {settings.seed}"]),
+        "date": date.today().isoformat(),
+        "versions": {"vattention": __version__, "torch": torch.__version__},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
         "settings": asdict(settings),
         "attention": asdict(SPEC),
         "deviations": [asdict(found) for found in deviations],
@@ -187,29 +203,37 @@ def to_json(settings: Settings, deviations: Sequence[Deviation]) -> dict[str, An
 
 
 def draw(deviations: Sequence[Deviation], path: Path) -> None:
-    """Write an SVG: mean deviation over length at the first scale, one panel for each type and phase.
+    """Write an SVG: mean deviation over length, one panel for each type, phase and scale.
+
+    Kernels that deviate alike everywhere share a line.
 
     Raises:
         ConfigError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
     pyplot = plots.load()
-    scale = deviations[0].scale
-    names = list(dict.fromkeys(found.kernel for found in deviations))
+    curves: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(found.kernel for found in deviations):
+        curves.setdefault(tuple(f"{found.mean:.1e}" for found in deviations if found.kernel == name), []).append(
+            name
+        )
     dtypes = list(dict.fromkeys(found.dtype for found in deviations))
+    kinds = list(dict.fromkeys((found.phase, found.scale) for found in deviations))
     figure, panels = pyplot.subplots(
-        len(ROWS), len(dtypes), figsize=(4 * len(dtypes), 3.2 * len(ROWS)), layout="constrained", squeeze=False
+        len(kinds), len(dtypes), figsize=(4 * len(dtypes), 2.7 * len(kinds)), layout="constrained", squeeze=False
     )
-    for (row, phase), (column, dtype) in product(enumerate(ROWS), enumerate(dtypes)):
+    for (row, (phase, scale)), (column, dtype) in product(enumerate(kinds), enumerate(dtypes)):
         axes = panels[row][column]
-        for number, name in enumerate(names):
+        for number, names in enumerate(curves.values()):
             points = [
                 (found.length, found.mean)
                 for found in deviations
-                if (found.kernel, found.dtype, found.phase, found.scale) == (name, dtype, phase, scale)
+                if (found.kernel, found.dtype, found.phase, found.scale) == (names[0], dtype, phase, scale)
             ]
-            axes.plot(*zip(*points, strict=True), "os^v<>Dx+*"[number % 10] + "-", label=name, markersize=4)
-        axes.set(title=f"{dtype}, {phase}", xscale="log", yscale="log", xlabel="tokens", ylabel="mean deviation")
+            style = "os^v<>Dx+*"[number % 10] + "-"
+            axes.plot(*zip(*points, strict=True), style, label=", ".join(names), markersize=4, linewidth=1)
+        axes.set(title=f"{dtype}, {phase}, scale {scale:g}", xscale="log", yscale="log")
+        axes.set(xlabel="tokens" if row == len(kinds) - 1 else "", ylabel="" if column else "mean deviation")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path, format="svg", metadata={"Date": None})
