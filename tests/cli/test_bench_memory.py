@@ -32,6 +32,8 @@ def test_every_manager_is_in_the_tables(
     assert set(figures["tables"]) == {"usage", "pages", "blocks", "worst", "parallel", "beams"}
     assert figures["settings"] == {"model": "demo", "seed": 0, "scale": 0.01}
     assert {"vattention", "torch"} <= figures["versions"].keys()
+    parts = "--only usage --only pages --only sharing"
+    assert figures["command"] == f"vattention bench memory demo {parts} --scale 0.01 --seed 0"
 
 
 @pytest.mark.parametrize(

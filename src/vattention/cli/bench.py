@@ -81,7 +81,7 @@ def memory(
         plot: a folder to draw the tables into, as SVG; needs matplotlib.
     """
     from vattention.bench.memory import plots, report
-    from vattention.bench.memory.sections import Settings
+    from vattention.bench.memory.settings import Settings
 
     if scale <= 0:
         raise ConfigError(f"--scale must be above 0, not {scale:g}")
@@ -91,7 +91,7 @@ def memory(
     with nullcontext() if output is None else open_output(output) as sink:
         tables = report.run(settings, only, lambda table: print(table.markdown(), flush=True))
         if sink is not None:
-            json.dump(report.to_json(settings, tables), sink, indent=2)
+            json.dump(report.to_json(settings, only, tables), sink, indent=2)
             sink.write("\n")
     for path in plots.draw(tables, plot) if plot is not None else ():
         print(f"wrote {path}", file=sys.stderr)

@@ -52,7 +52,8 @@ def test_every_picture_is_drawn(tmp_path: Path) -> None:
     def table(key: str, *rows: dict[str, Value]) -> Table:
         return Table(key, key, [Column(name, name) for name in rows[0]], [tuple(row.values()) for row in rows])
 
-    load: dict[str, Value] = {"scenario": "load, 2", "variant": "a", "live_share": 0.9, "paper_share": 0.5}
+    shares: dict[str, Value] = {"live_share": 0.9, "held_share": 0.8, "paper_share": 0.5}
+    load: dict[str, Value] = {"scenario": "load, 2", "variant": "a", **shares}
     page: dict[str, Value] = {"page_kib": 4, "layout": "sliced", "share_A": 0.9, "share_B": 0.8}
     saved: dict[str, Value] = {"dataset": "d", "variant": "a", "saved_2": 0.3, "paper_2": 0.2}
     tables = {

@@ -18,6 +18,13 @@ def test_means_are_the_data_sets(dataset: Dataset, prompt: float, output: float,
     assert (trace.prompts + trace.outputs).max() <= 2048
 
 
+def test_a_few_lengths_spread_as_many_do() -> None:
+    lengths = Lengths(300, 1.0, 4000)
+    few, many = (lengths.draw(np.random.default_rng(seed), count) for seed, count in ((1, 40), (2, 20_000)))
+    shares = np.arange(0.1, 1, 0.2)
+    assert np.quantile(few, shares) == pytest.approx(np.quantile(many, shares), rel=0.25)
+
+
 def test_lengths_have_a_long_tail() -> None:
     lengths = Lengths(300, 1.0, 4000).draw(np.random.default_rng(0), 20_000)
     assert np.median(lengths) == pytest.approx(300 * np.exp(-0.5), rel=0.05)  # a lognormal's
@@ -36,4 +43,4 @@ def test_a_seed_draws_the_same_anywhere() -> None:
     assert one.prompts.tolist() == same.prompts.tolist()
     assert one.arrivals_s.tolist() == same.arrivals_s.tolist()
     assert one.arrivals_s.tolist() != other.arrivals_s.tolist()
-    assert (one.prompts.tolist(), one.outputs.tolist()) == ([22, 4, 21, 11, 747], [565, 336, 358, 253, 178])
+    assert (one.prompts.tolist(), one.outputs.tolist()) == ([42, 56, 388, 122, 197], [720, 100, 490, 251, 129])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from vattention.bench.memory.prefix import LIVE_VOCAB
 from vattention.bench.memory.trace import Lengths
 from vattention.bench.memory.variants import NOTHING_CACHED, Variant
 from vattention.config import EngineConfig
+from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
 from vattention.sampling_params import SamplingParams
 
@@ -21,6 +24,13 @@ LIVE_OUTPUTS = Lengths(85, 0.9, 255)
 MAX_MODEL_LEN = 512
 LIVE_LIMIT = "64MiB"
 """For keys and values: too little for all requests at once under managers that reserve."""
+
+BEAM_PROMPTS: Sequence[Prompt] = (
+    "The lighthouse keeper found a bottle on the beach, and in it a letter. It was forty years old, and it began:",
+    "Plants turn light, water and carbon dioxide into sugar and oxygen. This takes two stages. In the first,",
+    "Two weeks of travel through Italy by train could look like this. The journey begins in Milan, from where",
+)
+BEAM_TOKENS = 128
 
 
 def live_usage(model: str, variant: Variant, *, count: int, seed: int) -> tuple[Meter, float]:
@@ -61,3 +71,24 @@ def live_usage(model: str, variant: Variant, *, count: int, seed: int) -> tuple[
         return meter, int(outputs.sum()) / (time.perf_counter() - started)
     finally:
         engine.close()
+
+
+def live_beams(model: str, variant: Variant, width: int) -> float:
+    """Search with so many beams from each of `BEAM_PROMPTS`, one after the other; returns the share of memory that
+    sharing saves, on average over forwards.
+    """
+    config = EngineConfig(
+        model=model, max_model_len=MAX_MODEL_LEN, max_num_seqs=width, **{**NOTHING_CACHED, **variant.options}
+    )
+    params = SamplingParams(n=width, use_beam_search=True, temperature=0, ignore_eos=True, max_tokens=BEAM_TOKENS)
+    meter = Meter()
+    with closing(LLMEngine.from_config(config)) as engine:
+        for index, prompt in enumerate(BEAM_PROMPTS):
+            engine.add_request(str(index), prompt, params)
+            while engine.has_unfinished_requests():
+                for result in engine.step():
+                    if result.error is not None:
+                        raise result.error
+                accounts = engine.statistics().accounts
+                meter.add(accounts, 1.0, held_nbytes=accounts.mapped_nbytes, num_batched=width, num_waiting=0)
+    return meter.saved_share

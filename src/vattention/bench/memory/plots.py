@@ -46,21 +46,34 @@ def load() -> Any:
         raise ConfigError("--plot needs matplotlib; install it with: pip install 'vattention[plots]'") from error
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "vattention"  # the same file for the same figures
+    mpl.rcParams["svg.fonttype"] = "none"  # small files
     from matplotlib import pyplot
 
     return pyplot
 
 
 def _usage(pyplot: Any, rows: list[dict[str, Any]], title: str) -> Any:
-    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.32 * len(rows)), layout="constrained")
-    places = list(range(len(rows)))[::-1]
-    axes.barh(places, [100 * r["live_share"] for r in rows], color=OURS, label="in live memory")
-    known = [(p, 100 * r["paper_share"]) for p, r in zip(places, rows, strict=True) if r["paper_share"]]
-    if known:
-        axes.scatter(*reversed(tuple(zip(*known, strict=True))), color=THEIRS, zorder=3, label="paper")
-    axes.set_yticks(places, [f"{r['variant']}\n{r['scenario'].rsplit(',', 1)[0]}" for r in rows], fontsize=7)
-    axes.set(xlabel="per cent that holds tokens", xlim=(0, 100), title=title)
-    _finish(figure)
+    """A panel for each load: what a manager holds is a bar, what running sequences need of it a line across."""
+    loads = list(dict.fromkeys(r["scenario"] for r in rows))
+    figure, panels = pyplot.subplots(
+        -(-len(loads) // 2), 2, figsize=(11, 1.9 * -(-len(loads) // 2) + 0.6), layout="constrained", squeeze=False
+    )
+    for axes in panels.flat[len(loads) :]:
+        axes.remove()
+    for axes, load in zip(panels.flat, loads, strict=False):
+        chosen = [r for r in rows if r["scenario"] == load][::-1]
+        places = range(len(chosen))
+        axes.barh(places, [100 * r["held_share"] for r in chosen], 0.7, color=REST, label="of mapped memory")
+        live = [100 * r["live_share"] for r in chosen]
+        axes.plot(live, places, "|", color=OURS, markersize=12, markeredgewidth=2, label="of live memory")
+        papers = [100 * (r["paper_share"] or float("nan")) for r in chosen]
+        axes.plot(papers, places, "D", color=THEIRS, markersize=5, label="of KV memory, PagedAttention's paper")
+        axes.set_yticks(places, [r["variant"] for r in chosen], fontsize=8)
+        axes.set_title(load, fontsize=9)
+        axes.set(xlim=(0, 101))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{title.partition(',')[0]}, per cent", fontsize=11)
+    _legend_below(figure)
     return figure
 
 
@@ -87,19 +100,34 @@ def _pages(pyplot: Any, rows: list[dict[str, Any]], title: str) -> Any:
 
 
 def _saved(pyplot: Any, rows: list[dict[str, Any]], title: str) -> Any:
-    figure, axes = pyplot.subplots(figsize=(8, 3.8), layout="constrained")
+    """A panel for each load: managers side by side, and the paper."""
+    loads = list(dict.fromkeys(r["dataset"] for r in rows))
     widths = [int(key.removeprefix("saved_")) for key in rows[0] if key.startswith("saved_")]
-    bars = [(f"{r['dataset']}: {r['variant']}", r, "saved") for r in rows]
-    bars += [(f"{r['dataset']}: paper", r, "paper") for r in rows if r[f"paper_{widths[0]}"] is not None]
-    for index, (label, row, kind) in enumerate(bars):
-        shift = (index - (len(bars) - 1) / 2) * 0.8 / len(bars)
-        heights = [100 * (row[f"{kind}_{width}"] or 0) for width in widths]
-        colour = {"label": label} | ({"color": THEIRS, "hatch": "//"} if kind == "paper" else {})
-        axes.bar([i + shift for i in range(len(widths))], heights, 0.8 / len(bars), **colour)
-    axes.set_xticks(range(len(widths)), [str(width) for width in widths])
-    axes.set(xlabel="sequences per request", ylabel="per cent of memory saved", title=title)
-    _finish(figure)
+    figure, panels = pyplot.subplots(
+        1, len(loads), figsize=(3.6 * len(loads), 3.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, load in zip(panels.flat, loads, strict=True):
+        chosen = [r for r in rows if r["dataset"] == load]
+        bars = [(r["variant"].split(",")[0], r, "saved") for r in chosen]
+        bars += [("paper", r, "paper") for r in chosen if r[f"paper_{widths[0]}"] is not None]
+        for index, ((name, row, kind), colour) in enumerate(zip(bars, (OURS, REST, THEIRS), strict=False)):
+            places = [i + (index - (len(bars) - 1) / 2) * 0.8 / len(bars) for i in range(len(widths))]
+            heights = [100 * (row[f"{kind}_{width}"] or 0) for width in widths]
+            axes.bar(places, heights, 0.8 / len(bars), color=colour, label=name)
+        axes.set_xticks(range(len(widths)), [str(width) for width in widths])
+        axes.set_title(load, fontsize=9)
+        axes.set(xlabel="sequences per request")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].set(ylabel="per cent of memory saved")
+    figure.suptitle(title, fontsize=11)
+    _legend_below(figure)
     return figure
+
+
+def _legend_below(figure: Any) -> None:
+    """One legend for all panels, of which the first has everything."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _finish(figure: Any) -> None:

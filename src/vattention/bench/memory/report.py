@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -9,7 +10,8 @@ from importlib.metadata import version
 from typing import Any
 
 from vattention import __version__
-from vattention.bench.memory.sections import SECTIONS, Settings
+from vattention.bench.memory.sections import SECTIONS
+from vattention.bench.memory.settings import Settings
 from vattention.bench.memory.tables import Table
 from vattention.errors import ConfigError
 
@@ -31,9 +33,13 @@ def run(settings: Settings, names: Sequence[str], show: Callable[[Table], None])
     return tables
 
 
-def to_json(settings: Settings, tables: dict[str, Table]) -> dict[str, Any]:
+def to_json(settings: Settings, names: Sequence[str], tables: dict[str, Table]) -> dict[str, Any]:
     """All figures as measured, and what they were measured with."""
+    words = ["vattention", "bench", "memory", settings.model]
+    words += [word for name in names for word in ("--only", name)]
+    words += ["--scale", f"{settings.scale:g}", "--seed", str(settings.seed)]
     return {
+        "command": shlex.join(words),
         "settings": asdict(settings),
         "date": date.today().isoformat(),
         "versions": {

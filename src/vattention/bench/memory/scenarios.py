@@ -60,12 +60,12 @@ class Scenario:
         return draw_trace(self.dataset, count=count, requests_per_s=self.requests_per_s / n, seed=seed)
 
 
-PAPER_SHAREGPT = Scenario(OPT_13B, A100_40, SHAREGPT, 2, 200, ON_THE_PAPERS_GPU)
-PAPER_ALPACA = Scenario(OPT_13B, A100_40, ALPACA, 30, 800, ON_THE_PAPERS_GPU)
+PAPER_SHAREGPT = Scenario(OPT_13B, A100_40, SHAREGPT, 2, 600, ON_THE_PAPERS_GPU)
+PAPER_ALPACA = Scenario(OPT_13B, A100_40, ALPACA, 30, 2400, ON_THE_PAPERS_GPU)
 PAPER_PREFIX = Scenario(LLAMA_13B, A100_40, SHAREGPT, 2, 500, ON_A_GPU)
 """Those of PagedAttention's paper; the last for its size alone (figure 16)."""
 
-ON_HOST = Scenario(replace(GEMMA_3_270M, max_len=2048), HOST, SHAREGPT, 4, 100, ON_A_HOST)
+ON_HOST = Scenario(replace(GEMMA_3_270M, max_len=2048), HOST, SHAREGPT, 4, 300, ON_A_HOST)
 
 SHARING = (
     (PAPER_ALPACA, SHARING_ON_A_GPU),
@@ -77,8 +77,8 @@ SHARING = (
 SCENARIOS = (
     PAPER_SHAREGPT,
     PAPER_ALPACA,
-    Scenario(LLAMA_3_8B, A100_40, SHAREGPT, 40, 300, ON_A_GPU, max_num_seqs=512),
-    Scenario(LLAMA_3_8B, A100_80, SHAREGPT, 80, 400, ON_A_GPU, max_num_seqs=1024),
-    Scenario(YI_34B, A100_80, SHAREGPT, 10, 200, ON_A_GPU),
+    Scenario(LLAMA_3_8B, A100_40, SHAREGPT, 40, 1600, ON_A_GPU, max_num_seqs=512),
+    Scenario(LLAMA_3_8B, A100_80, SHAREGPT, 80, 4000, ON_A_GPU, max_num_seqs=1024),
+    Scenario(YI_34B, A100_80, SHAREGPT, 10, 500, ON_A_GPU),
     ON_HOST,
 )

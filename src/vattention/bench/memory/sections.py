@@ -1,16 +1,16 @@
-"""The benchmark's parts, each a few tables: what is simulated."""
+"""The benchmark's parts, each a few tables."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from vattention.bench.memory import papers
 from vattention.bench.memory.beams import search
 from vattention.bench.memory.device import SimulatedDevice
-from vattention.bench.memory.live import LIVE_LIMIT, live_usage
+from vattention.bench.memory.live_sections import live
 from vattention.bench.memory.meter import Meter
 from vattention.bench.memory.pages import (
     BLOCK_SIZES,
@@ -21,7 +21,7 @@ from vattention.bench.memory.pages import (
     page_share,
     worst_nbytes,
 )
-from vattention.bench.memory.prefix import live_speed_ups, simulated_s, with_prefix_cache
+from vattention.bench.memory.prefix import simulated_s, with_prefix_cache
 from vattention.bench.memory.scenarios import (
     ON_HOST,
     PAPER_ALPACA,
@@ -31,35 +31,20 @@ from vattention.bench.memory.scenarios import (
     SHARING,
     Scenario,
 )
+from vattention.bench.memory.settings import Settings
 from vattention.bench.memory.shapes import LLAMA_3_8B, OPT_13B, YI_6B, YI_34B
 from vattention.bench.memory.simulate import running_lengths, simulate, simulated_engine
 from vattention.bench.memory.tables import Column, Table, count, hundredths, percent, tenths
-from vattention.bench.memory.variants import GPU, LIVE, ORACLE, SHARING_ON_A_GPU, Variant
+from vattention.bench.memory.variants import GPU, ORACLE, SHARING_ON_A_GPU, Variant
 
 WIDTHS = (2, 4, 6)
 """Samples, and beams, per request."""
 
-REPEATS = 3
-"""Pairs of live runs."""
+SAMPLED = 1 / 3
+"""Of a scenario's requests, where each has several samples."""
 
 BEAM_REQUESTS = 10
 """Beam searches per width; each is some hundred steps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """Attributes:
-    model: served live: "demo", a Hugging Face id, a local folder, or a GGUF file.
-    seed: of lengths, arrivals and beams.
-    scale: of the number of requests: more of them take longer, and scatter less.
-    """
-
-    model: str = "demo"
-    seed: int = 0
-    scale: float = 1.0
-
-    def count(self, num_requests: int) -> int:
-        return max(round(num_requests * self.scale), 4)
 
 
 def usage(settings: Settings) -> Iterator[Table]:
@@ -184,9 +169,12 @@ def sharing(settings: Settings) -> Iterator[Table]:
         "samples",
         papers.PARALLEL_SAVED,
         lambda scenario, variant, n: (
-            simulate(scenario, variant, seed=settings.seed, n=n, scale=settings.scale / n).saved_share
+            simulate(
+                scenario, with_prefix_cache(variant), seed=settings.seed, n=n, scale=settings.scale * SAMPLED
+            ).saved_share
         ),
-        note="Through the engine: samples fork from one computed prompt. Requests come n times as seldom.",
+        note="Through the engine: samples fork from one computed prompt, and one that was preempted finds it again "
+        "in the prefix cache. Requests share nothing with each other, and come n times as seldom.",
     )
     yield _saved(
         "beams",
@@ -260,50 +248,6 @@ def prefix(settings: Settings) -> Iterator[Table]:
         rates = [scenario.num_requests / simulated_s(scenario, v, num_tokens, settings.seed) for v in variants]
         table.rows.append((num_tokens, *rates, rates[1] / rates[0], rates[1] / rates[-1], paper))
     yield table
-
-
-def live(settings: Settings) -> Iterator[Table]:
-    """The managers on a real model on this machine."""
-    table = Table(
-        "live",
-        f"Live: {settings.model} on this machine, {LIVE_LIMIT} for keys and values",
-        (
-            Column("variant", "manager"),
-            Column("live_share", "tokens in live memory", percent),
-            Column("mapped_share", "in mapped memory, warm too", percent),
-            Column("mean_batch", "running, mean", tenths),
-            Column("max_batch", "max", count),
-            Column("tokens_per_s", "tokens/s", tenths),
-        ),
-        note="Averages over real time, until the last request is done.",
-    )
-    for variant in LIVE:
-        meter, tokens_per_s = live_usage(settings.model, variant, count=settings.count(24), seed=settings.seed)
-        table.rows.append(
-            (variant.name, meter.live_share, meter.held_share, meter.mean_batch, meter.max_batch, tokens_per_s)
-        )
-    yield table
-    speed_up = Table(
-        "live-prefix",
-        f"Live: {settings.model} with a shared prefix, prefix cache over none",
-        (
-            Column("prefix_tokens", "tokens shared", count),
-            Column("speed_up", "times faster, median", hundredths),
-            Column("least", "least", hundredths),
-            Column("most", "most", hundredths),
-            Column("paper", "paper", hundredths),
-        ),
-        note="Runs with and without the cache in turns. The paper's figure is against Orca (Oracle) on a GPU.",
-    )
-    found = live_speed_ups(
-        settings.model,
-        list(papers.PREFIX_SPEED_UP),
-        count=settings.count(24),
-        repeats=REPEATS,
-        seed=settings.seed,
-    )
-    speed_up.rows.extend((n, *found[n], paper) for n, paper in papers.PREFIX_SPEED_UP.items())
-    yield speed_up
 
 
 SECTIONS: dict[str, Callable[[Settings], Iterator[Table]]] = {

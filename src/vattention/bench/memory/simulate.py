@@ -186,11 +186,19 @@ class Run:
         self.num_steps += 1
 
     def _submit(self) -> None:
-        """Queue the next request; all of its tokens are token 0."""
+        """Queue the next request: its prompt is token 0 throughout, as all are, under a salt of its own, so that it
+        shares with no other; samples, if there are several, draw tokens of their own.
+        """
         index = len(self.requests)
         params = SamplingParams(
-            n=self._n, temperature=0, ignore_eos=True, max_tokens=int(self._trace.outputs[index])
+            n=self._n,
+            temperature=1 if self._n > 1 else 0,
+            ignore_eos=True,
+            max_tokens=int(self._trace.outputs[index]),
         )
-        prompt: TokensPrompt = {"prompt_token_ids": [0] * int(self._trace.prompts[index])}
+        prompt: TokensPrompt = {
+            "prompt_token_ids": [0] * int(self._trace.prompts[index]),
+            "cache_salt": str(index),
+        }
         self.requests.append(self._engine.prepare(str(index), prompt, params))
         self._engine.start(self.requests[-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,12 @@ class Lengths:
     def draw(self, rng: np.random.Generator, count: int) -> NDArray[np.int64]:
         """`count` lengths whose own mean is `mean`, as nearly as whole tokens allow.
 
-        Rounding and clipping move a lognormal's mean, and few draws scatter about it; so the distribution is scaled
-        until the mean of what was drawn is right.
+        One comes from each of `count` equally likely parts of the distribution, in random order, so that a few have
+        its spread too. Rounding and clipping move a lognormal's mean; so the distribution is scaled until the mean
+        of what was drawn is right.
         """
-        normal = rng.standard_normal(count)
+        quantiles = (rng.permutation(count) + rng.uniform(0.001, 0.999, count)) / count
+        normal = np.array([NormalDist().inv_cdf(quantile) for quantile in quantiles.tolist()])
         low, high = np.log(self.mean) - 6 * self.sigma, np.log(self.mean) + 6 * self.sigma
         for _ in range(60):
             middle = (low + high) / 2
