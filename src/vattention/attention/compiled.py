@@ -9,7 +9,7 @@ import torch
 from vattention.attention.gathered import attend_long, gather
 from vattention.attention.kernel import RaggedBatch
 from vattention.core import AttentionSpec
-from vattention.kv.manager import LayerView, PagedLayerView
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 from vattention.native import AttentionCache, AttentionHeads, Kernels, kernels
 
 STRIP_KEYS = 128
@@ -19,8 +19,8 @@ SHORT_ROWS = 1
 """Most query rows of a sequence that the compiled kernel takes; matrix products are faster with more."""
 
 
-class NativeKernel:
-    """native/attend.c over contiguous slots, read in place; sequences with many rows go through torch's kernels.
+class CompiledKernel:
+    """native/attend.c for sequences with few rows; those with many go through torch's kernels.
 
     Keys and values are read once for all query heads that share them. All threads take equal shares of the whole
     batch's keys, however the sequences' lengths differ.
@@ -29,14 +29,26 @@ class NativeKernel:
         strip_keys: a multiple of 16, at most `STRIP_KEYS`.
     """
 
-    name = "native"
-    reads = LayerView
-
     def __init__(self, strip_keys: int = STRIP_KEYS) -> None:
         self._strip_keys = strip_keys
 
     def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
         return unsupported(dtype, device)
+
+    def cache(self, view: CacheView) -> AttentionCache:
+        """The view as the compiled code takes it, good as long as the view."""
+        return AttentionCache(view.keys, view.values, view.tables if isinstance(view, PagedLayerView) else None)
+
+    def heads(self, spec: AttentionSpec) -> AttentionHeads:
+        """The layer as the compiled code takes it."""
+        return _heads(spec, self._strip_keys)
+
+
+class NativeKernel(CompiledKernel):
+    """The compiled kernel over contiguous slots, read in place."""
+
+    name = "native"
+    reads = LayerView
 
     def __call__(
         self,
@@ -49,14 +61,13 @@ class NativeKernel:
         parts = batch.parts(SHORT_ROWS)
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
-            cache = AttentionCache(view.keys, view.values, None)
-            attend_short(query, cache, parts.short, _heads(spec, self._strip_keys), sinks, output)
+            attend_short(query, self.cache(view), parts.short, self.heads(spec), sinks, output)
         for span in parts.long:
             attend_long(query, view, span, spec, sinks, output)
         return output
 
 
-class PagedKernel:
+class PagedKernel(CompiledKernel):
     """The same over block tables: the same reads in the same order, with an address looked up for each block.
 
     The blocks of sequences with many rows are copied side by side, for torch's kernels.
@@ -64,12 +75,6 @@ class PagedKernel:
 
     name = "paged"
     reads = PagedLayerView
-
-    def __init__(self, strip_keys: int = STRIP_KEYS) -> None:
-        self._strip_keys = strip_keys
-
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        return unsupported(dtype, device)
 
     def __call__(
         self,
@@ -82,8 +87,7 @@ class PagedKernel:
         parts = batch.parts(SHORT_ROWS)
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
-            cache = AttentionCache(view.keys, view.values, view.tables)
-            attend_short(query, cache, parts.short, _heads(spec, self._strip_keys), sinks, output)
+            attend_short(query, self.cache(view), parts.short, self.heads(spec), sinks, output)
         for span in parts.long:
             attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
         return output

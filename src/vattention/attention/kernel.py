@@ -66,6 +66,11 @@ class RaggedBatch:
             tuple(spans),
         )
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether every sequence brings one token."""
+        return len(self.spans) == len(self.slots)
+
     def parts(self, most_rows: int) -> Parts:
         """The batch in two, `most_rows` being few: the same object for all layers of a forward pass."""
         if most_rows not in self._parts:

@@ -8,6 +8,7 @@ from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager, create_swap_space
 from vattention.model.fingerprint import fingerprint
+from vattention.model.fused_layer import fuse_layers
 from vattention.model.loader import load
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
@@ -28,6 +29,7 @@ def build(config: EngineConfig) -> Parts:
     optimize(loaded.model)
     fix_rope(loaded.model, loaded.max_model_len)
     attention = probe(loaded.model)
+    fuse_layers(loaded.model, attention)
     with ExitStack() as undo:
         manager = create_manager(
             config,

@@ -136,7 +136,8 @@ class FusedGatedMLP(nn.Module):
         weight = torch.cat([part.weight.detach() for part in parts])
         biases = [part.bias.detach() for part in parts if part.bias is not None]
         self._kernels = kernels
-        self._gate = mlp.gate
+        self.gate = mlp.gate
+        self.dtype = mlp.gate_proj.weight.dtype
         self._width = mlp.gate_proj.out_features
         self.gate_up = PackedLinear(
             gate_up.pack(weight, torch.cat(biases) if biases else None), mlp.gate_proj.in_features, 2 * self._width
@@ -148,6 +149,6 @@ class FusedGatedMLP(nn.Module):
         """y[..., out] for x[..., in]."""
         gate_up: Tensor = self.gate_up(x).view(-1, 2 * self._width)
         hidden = gate_up.new_empty(gate_up.shape[0], self._width)
-        self._kernels.gate(gate_up, self._gate.linear, self._gate.cubic, hidden)
+        self._kernels.gate(gate_up, self.gate.linear, self.gate.cubic, hidden)
         y: Tensor = self.down(hidden)
         return y.view(*x.shape[:-1], y.shape[-1])

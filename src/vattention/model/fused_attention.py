@@ -129,6 +129,15 @@ class FusedAttention:
         )
         self._rotation = Rotation.of(query, key, self._head_dim, sum(self._widths), weight.dtype)
 
+    @property
+    def head_dim(self) -> int:
+        return self._head_dim
+
+    @property
+    def rotation(self) -> Rotation:
+        """How queries and keys are normalised and rotated, as the compiled code takes it; good as long as this."""
+        return self._rotation
+
     def install(self) -> None:
         """Make the module run this from now on, and drop the weights it does not need any more."""
         begin = 0

@@ -183,6 +183,11 @@ class NativeLinear:
     def num_out(self) -> int:
         return self._num_out
 
+    @property
+    def native(self) -> LinearWeight:
+        """The weight as the compiled code takes it, good as long as this."""
+        return self._native
+
     def write(self, x: Tensor, y: Tensor) -> None:
         """The product into contiguous y[rows, out], of the weight's type or float32."""
         if x.shape[0] > 0:

@@ -30,6 +30,9 @@ TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 1e-
 Two units in the last place of bfloat16 and float16; in float32 what another order of summation makes.
 """
 
+_ROTATED = 2
+"""Times the tolerance for queries and keys: modules round them after their norm, both products and the sum."""
+
 _SAMPLED_OUTPUTS = 512
 _PROGRESS_DELAY_S = 2.0
 
@@ -200,7 +203,7 @@ class _Optimizer:
                 setattr(module, attribute, replacement)
         dtype = parts.q_proj.weight.dtype
         fused = fuse(kernels, module, parts, self._method(*parts.shape, dtype), self._notes, row_difference)
-        if fused is None or not fused[1] <= TOLERANCE[dtype]:
+        if fused is None or not fused[1] <= _ROTATED * TOLERANCE[dtype]:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.
             _log.info("%s is no attention that can be fused", name)
             return

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from vattention.attention.kernel import AttentionKernel, RaggedBatch
+from vattention.attention.kernel import RaggedBatch
 from vattention.attention.registry import AUTO, choose
-from vattention.core import AttentionSpec, Chunk
+from vattention.core import Chunk
 from vattention.errors import UnsupportedModelError
-from vattention.kv.manager import CacheView, KVManager
+from vattention.kv.manager import KVManager
+from vattention.model.batch_attention import BatchAttention, Place
 from vattention.model.head import GivenLogits, HiddenStates, Predictions, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
 from vattention.model.probe import ModelAttention
@@ -42,22 +43,21 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._device = model.device
-        self._layers: dict[torch.nn.Module, tuple[int, AttentionSpec, CacheView, bool, AttentionKernel[Any]]] = {}
+        places = {}
         for index, layer in enumerate(attention.layers):
             view = kv.layer(layer.cache_layer)
             chosen = choose(kernel, layer.spec, view)
-            self._layers[model.get_submodule(layer.name)] = index, layer.spec, view, layer.writes, chosen
+            places[model.get_submodule(layer.name)] = Place(index, layer.spec, view, layer.writes, chosen)
+        self._attention = BatchAttention(places)
         self._output_layer = plain_output_layer(model)
         self._scratch = Scratch()
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._batch: RaggedBatch | None = None
-        self._num_attended = 0
-        self._hook = AttentionHook(model, self._attend)
+        self._hook = AttentionHook(model, self._attention)
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The attention kernel of each layer, by name."""
-        return tuple(kernel.name for *_, kernel in self._layers.values())
+        return tuple(place.kernel.name for place in self._attention.places.values())
 
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """`predict`, as logits.
@@ -84,16 +84,17 @@ class ModelRunner:
             "position_ids": batch.positions.unsqueeze(0),
             "use_cache": False,
         }
-        self._batch, self._num_attended = batch, 0
+        self._attention.begin(batch)
         try:
             with torch.inference_mode():
                 predictions = self._predictions(inputs, wanted)
         finally:
-            self._batch = None
-        if self._num_attended != len(self._layers):
+            self._attention.end()
+        num_attended, num_layers = self._attention.num_attended, len(self._attention.places)
+        if num_attended != num_layers:
             raise UnsupportedModelError(
-                f"{type(self._model).__name__} called {self._num_attended} of {len(self._layers)} attention layers "
-                "in a forward pass; each must be called exactly once"
+                f"{type(self._model).__name__} called {num_attended} of {num_layers} attention layers in a forward "
+                "pass; each must be called exactly once"
             )
         return predictions
 
@@ -106,7 +107,7 @@ class ModelRunner:
     def close(self) -> None:
         """Give the model back as it was. The cache remains its owner's to close."""
         self._hook.close()
-        self._layers = {}
+        self._attention = BatchAttention({})
 
     def _predictions(self, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
@@ -122,27 +123,3 @@ class ModelRunner:
         else:
             logits = self._model(**inputs).logits[0, rows]
         return GivenLogits(self._scratch.widened(logits))
-
-    def _attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *,
-        s_aux: torch.Tensor | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        index, spec, view, writes, kernel = self._layers[module]
-        batch = self._batch
-        if batch is None or index != self._num_attended:
-            raise UnsupportedModelError(
-                f"attention layer {index} was called out of turn: layer {self._num_attended} of a forward pass of "
-                "the runner was due"
-            )
-        self._num_attended += 1
-        if writes:
-            view.append(key[0].transpose(0, 1), value[0].transpose(0, 1), batch.slots, batch.positions)
-        sinks = s_aux if spec.has_sinks else None
-        return kernel(query[0].transpose(0, 1), view, batch, spec, sinks).unsqueeze(0), None

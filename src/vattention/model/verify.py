@@ -25,7 +25,7 @@ _LENGTHS = (11, 6)
 def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
     """Run two prompts through the model's own path one by one, and through the cache together.
 
-    Through the cache they go twice: whole, and in two chunks each.
+    Through the cache they go three times: whole, in two chunks each, and with a last chunk of one token.
 
     Returns:
         The larger relative difference of the logits.
@@ -44,7 +44,11 @@ def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
         own = torch.cat([_own_logits(model, prompt) for prompt in prompts])
     difference = max(
         _difference(_logits_through(runner, kv, prompts, cuts), own)
-        for cuts in ([0] * len(prompts), [len(prompt) // 2 for prompt in prompts])
+        for cuts in (
+            [0] * len(prompts),
+            [len(prompt) // 2 for prompt in prompts],
+            [len(prompt) - 1 for prompt in prompts],
+        )
     )
     bound = TOLERANCE[model.dtype]
     # Written so that NaN counts as a difference.

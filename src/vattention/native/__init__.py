@@ -120,6 +120,44 @@ class Rotation(ctypes.Structure):
         return cls(query, key, head_dim, width, _DTYPES[dtype])
 
 
+class Norm(ctypes.Structure):
+    """`vattention_norm` of layer.c."""
+
+    _fields_ = (("scale", c_void_p), ("epsilon", c_float))
+
+    @classmethod
+    def of(cls, scale: Tensor | None, epsilon: float) -> Norm:
+        """`scale` is float32 [hidden], kept alive by who made this; None for no norm."""
+        return cls(None if scale is None else scale.data_ptr(), epsilon)
+
+
+class DecoderLayer(ctypes.Structure):
+    """`vattention_layer` of layer.c; what its pointers point to is kept alive by who made this."""
+
+    _fields_ = (
+        ("query_key_value", c_void_p),
+        ("attention_out", c_void_p),
+        ("gate_up", c_void_p),
+        ("down", c_void_p),
+        ("rotation", c_void_p),
+        ("heads", c_void_p),
+        ("before_attention", Norm),
+        ("after_attention", Norm),
+        ("before_mlp", Norm),
+        ("after_mlp", Norm),
+        ("gate_linear", c_float),
+        ("gate_cubic", c_float),
+        ("hidden", c_int64),
+        ("dtype", c_int32),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    """`vattention_tokens` of layer.c."""
+
+    _fields_ = (("num_tokens", c_int64), ("spans", c_void_p), ("workspace", c_void_p))
+
+
 class Kernels:
     """The compiled kernels on tensors, and the threads they run on, which are torch's.
 
@@ -165,6 +203,13 @@ class Kernels:
             *(c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_void_p, c_int64, c_int64),
             *(c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_void_p),
         )
+
+        self._layer_width = library.vattention_layer_width
+        self._layer_width.restype = c_int64
+        self._layer_width.argtypes = (c_void_p,)
+        self._layer = library.vattention_layer_forward
+        self._layer.restype = c_int32
+        self._layer.argtypes = (*(c_void_p,) * 8, c_int32, c_void_p)
 
     def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
         """y[rows, out] = x[rows, in] W^T + b; one row or more, y and rows of x contiguous.
@@ -284,6 +329,47 @@ class Kernels:
         )
         if status != 0:
             raise MemoryError(f"no memory for the workspace of attention over {query.shape[0]} rows")
+
+    @staticmethod
+    def number_type(dtype: torch.dtype) -> int:
+        """What the compiled code calls a type."""
+        return _DTYPES[dtype]
+
+    def layer_width(self, layer: DecoderLayer) -> int:
+        """Numbers that one token needs in `layer`'s workspace."""
+        width: int = self._layer_width(ctypes.addressof(layer))
+        return width
+
+    def layer(
+        self,
+        layer: DecoderLayer,
+        cache: AttentionCache,
+        spans: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        workspace: Tensor,
+        x: Tensor,
+    ) -> None:
+        """x[tokens, hidden] through a decoder layer, in place; stores the tokens' keys and values.
+
+        Args:
+            spans: [tokens, 4] contiguous int64: slot, row, 1, position.
+            cosines, sines: contiguous [tokens, head_dim], of x's type.
+            workspace: `layer_width` numbers of x's type for each token.
+        """
+        tokens = _Tokens(x.shape[0], spans.data_ptr(), workspace.data_ptr())
+        status = self._layer(
+            ctypes.addressof(layer),
+            *cache.addresses,
+            ctypes.addressof(tokens),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            x.data_ptr(),
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status != 0:
+            raise MemoryError(f"no memory for the workspace of a layer of {x.shape[0]} rows")
 
 
 @cache

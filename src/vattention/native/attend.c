@@ -9,7 +9,7 @@
  *
  * All sums are float32. Keys are read once for all query heads that share them.
  */
-#include "common.h"
+#include "kernels.h"
 
 #include <float.h>
 #include <stdlib.h>
@@ -33,28 +33,6 @@ enum { PAD = 32 };
 enum { TOGETHER = 4 };
 /* Numbers of the cache below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 15 };
-
-typedef struct {
-    int64_t num_heads, num_kv_heads, key_dim, value_dim;
-    int64_t window; /* or 0 */
-    int64_t strip;  /* keys in a strip: a multiple of 16, at most STRIP */
-    float scale;
-    float softcap; /* or 0 */
-} vattention_heads;
-
-/* Keys or values, with strides in elements. */
-typedef struct {
-    const void *numbers;
-    int64_t slot_stride; /* of a block, where there are blocks */
-    int64_t token_stride, head_stride;
-} vattention_cache;
-
-/* Blocks of a slot's tokens: entry [slot, i] has its tokens [i block_size, (i + 1) block_size). */
-typedef struct {
-    const int32_t *blocks;
-    int64_t slot_stride;
-    int64_t block_size; /* or 0: slots are contiguous */
-} vattention_tables;
 
 typedef struct {
     int64_t slot, first_row, num_rows, start;

@@ -3,7 +3,7 @@
  * SiLU and the tanh form of GELU are both x * sigmoid(x * (a + b x^2)): with a = 1, b = 0, and with
  * a = 2 sqrt(2 / pi), b = 0.044715 a, since (1 + tanh(t)) / 2 = sigmoid(2 t).
  */
-#include "common.h"
+#include "kernels.h"
 
 typedef struct {
     const void *gate_up;

@@ -11,7 +11,7 @@
  * of y stays in registers over the whole inner dimension, a panel of W in the second-level cache over a block of rows.
  */
 #define _GNU_SOURCE
-#include "common.h"
+#include "kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -33,14 +33,6 @@ enum { BLOCK_NBYTES = 3 << 18, MIN_BLOCK_ROWS = 24, MAX_BLOCK_ROWS = 96, WHOLE_B
 
 /* Numbers that are written as bits and read as float32. */
 typedef uint32_t word __attribute__((may_alias));
-
-typedef struct {
-    const void *packed;
-    const float *bias; /* or NULL */
-    int64_t num_out;
-    int64_t num_in;
-    int32_t dtype;
-} vattention_weight;
 
 typedef struct {
     const float *widened; /* the tile's first row in the first strip, for tiles that take it so */

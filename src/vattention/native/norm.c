@@ -1,5 +1,5 @@
 /* Root mean square normalisation: B. Zhang and R. Sennrich, "Root Mean Square Layer Normalization" (2019). */
-#include "common.h"
+#include "kernels.h"
 
 #include <math.h>
 

@@ -1,22 +1,9 @@
 /* The way of queries and keys from their linear layers to attention: normalised per head where a model does so, then
  * rotated by their positions, J. Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021), in
  * the form that pairs a head's first half with its second. */
-#include "common.h"
+#include "kernels.h"
 
 #include <math.h>
-
-typedef struct {
-    const float *scale; /* head_dim numbers, or NULL for no norm */
-    float epsilon;
-    int32_t num_heads;
-} vattention_normed_heads;
-
-typedef struct {
-    vattention_normed_heads query, key;
-    int64_t head_dim;
-    int64_t width; /* of a token, with the values behind its keys */
-    int32_t dtype;
-} vattention_rotation;
 
 typedef struct {
     vattention_rotation shape;

@@ -1,0 +1,239 @@
+"""Whole decoder layers in one call of compiled code, for the steps in which every sequence brings one token.
+
+In such a step a small model computes for some microseconds at a time, and Python between the computations takes as
+long. A layer qualifies whose parts are fused already and lie as Llama's or Gemma's do. Whether it adds them up in
+the same way is not read from its code: both are run on a small cache, and other results mean that the layer stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vattention.attention.compiled import NativeKernel
+from vattention.attention.kernel import RaggedBatch
+from vattention.core import AttentionSpec, Chunk
+from vattention.kv.manager import LayerView
+from vattention.model.batch_attention import BatchAttention, Place
+from vattention.model.fused import FusedGatedMLP, FusedRMSNorm
+from vattention.model.fused_attention import FusedAttention
+from vattention.model.hook import AttentionHook
+from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.model.optimize import TOLERANCE, row_difference
+from vattention.model.probe import ModelAttention
+from vattention.native import DecoderLayer, Kernels, Norm, kernels
+
+_log = logging.getLogger(__name__)
+
+_KERNEL = NativeKernel()
+_LAYER_TOLERANCE = 4
+"""Times the tolerance of a single module: a layer rounds several times on the way."""
+
+
+class Norms(NamedTuple):
+    """Norms before and after attention, before and after the block behind it; None where there is none."""
+
+    before_attention: FusedRMSNorm | None
+    after_attention: FusedRMSNorm | None
+    before_mlp: FusedRMSNorm | None
+    after_mlp: FusedRMSNorm | None
+
+    @classmethod
+    def of(cls, norms: dict[str, nn.Module]) -> Norms | None:
+        """By the names that models use. Llama's norm "after attention" is the one before the block behind it."""
+        if not all(isinstance(norm, FusedRMSNorm) for norm in norms.values()):
+            return None
+        llama = ("input_layernorm", None, "post_attention_layernorm", None)
+        gemma = (
+            *("input_layernorm", "post_attention_layernorm"),
+            *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        )
+        for names in (llama, gemma):
+            if set(norms) == set(names) - {None}:
+                return cls(*(None if name is None else norms[name] for name in names))  # type: ignore[arg-type]
+        return None
+
+
+class Parts(NamedTuple):
+    """What a decoder layer consists of, all of it on the compiled kernels."""
+
+    attention: FusedAttention
+    query_key_value: NativeLinear
+    attention_out: NativeLinear
+    mlp: FusedGatedMLP
+    gate_up: NativeLinear
+    down: NativeLinear
+    norms: Norms
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Parts | None:
+        """The parts of `layer` if it looks like a decoder layer of such parts and no others."""
+        children = dict(layer.named_children())
+        attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+        norms = Norms.of(children)
+        fused = getattr(attention, "forward", None)
+        out = getattr(attention, "o_proj", None)
+        if (
+            norms is None
+            or not isinstance(fused, FusedAttention)
+            or not isinstance(out, PackedLinear)
+            or not isinstance(mlp, FusedGatedMLP)
+        ):
+            return None
+        linears = (fused.method, out.method, mlp.gate_up.method, mlp.down.method)
+        if not all(isinstance(linear, NativeLinear) for linear in linears):
+            return None
+        return cls(fused, linears[0], linears[1], mlp, linears[2], linears[3], norms)  # type: ignore[arg-type]
+
+
+class Workspace:
+    """Memory that a model's layers work in, one after the other."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def take(self, numel: int) -> Tensor:
+        if numel > len(self._memory):
+            self._memory = torch.empty(numel, dtype=self._memory.dtype)
+        return self._memory
+
+
+class FusedLayer:
+    """The `forward` of a decoder layer, for batches that `BatchAttention` lets it have; others go to the module's.
+
+    Args:
+        attention_module: whose turn in the forward pass is this layer's.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        layer: nn.Module,
+        attention_module: Any,
+        parts: Parts,
+        spec: AttentionSpec,
+        workspace: Workspace,
+    ) -> None:
+        self._kernels = kernels
+        self._original = layer.forward
+        self._attention_module = attention_module
+        self._config = attention_module.config
+        self._workspace = workspace
+        self._head_dim = parts.attention.head_dim
+        self._hidden = parts.down.num_out
+        heads = _KERNEL.heads(spec)
+        # The structure points into all of these.
+        self._alive = parts, heads
+        norms = (Norm() if norm is None else Norm.of(norm.scale, norm.epsilon) for norm in parts.norms)
+        weights = (parts.query_key_value, parts.attention_out, parts.gate_up, parts.down)
+        self._dtype = parts.mlp.dtype
+        self._layer = DecoderLayer(
+            *(ctypes.addressof(weight.native) for weight in weights),
+            ctypes.addressof(parts.attention.rotation),
+            ctypes.addressof(heads),
+            *norms,
+            *parts.mlp.gate,
+            self._hidden,
+            kernels.number_type(self._dtype),
+        )
+        self._width = kernels.layer_width(self._layer)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
+        embeddings = keywords.get("position_embeddings")
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, None)
+        if isinstance(attend, BatchAttention) and embeddings is not None and self._fits(hidden_states, *embeddings):
+            claimed = attend.claim(self._attention_module)
+            if claimed is not None:
+                cache, batch = claimed
+                cosines, sines = embeddings
+                x = hidden_states.clone()
+                workspace = self._workspace.take(self._width * x.shape[1])
+                self._kernels.layer(self._layer, cache, batch.parts(1).short, cosines[0], sines[0], workspace, x[0])
+                return x
+        return self._original(hidden_states, *args, **keywords)
+
+    def _fits(self, hidden: Tensor, cosines: Tensor, sines: Tensor) -> bool:
+        expected = (1, hidden.shape[-2], self._head_dim)
+        return (
+            hidden.dtype == cosines.dtype == sines.dtype == self._dtype
+            and hidden.shape == (1, hidden.shape[-2], self._hidden)
+            and cosines.shape == sines.shape == expected
+            and hidden.is_contiguous()
+            and cosines.is_contiguous()
+            and sines.is_contiguous()
+        )
+
+
+@torch.no_grad()
+def fuse_layers(model: PreTrainedModel, attention: ModelAttention) -> int:
+    """Let decoder layers of an optimised model run in one call each, in place; returns how many do.
+
+    Args:
+        attention: what `probe` found in it.
+    """
+    compiled = kernels()
+    if compiled is None:
+        return 0
+    workspace = Workspace(model.dtype)
+    num_fused = 0
+    for own in attention.layers:
+        name, _, last = own.name.rpartition(".")
+        layer = model.get_submodule(name)
+        if last != "self_attn" or "forward" in vars(layer) or own.spec.has_sinks or not own.writes:
+            continue
+        parts = Parts.of(layer)
+        head_dim = None if parts is None else parts.attention.head_dim
+        if parts is None or not own.spec.key_dim == own.spec.value_dim == head_dim:
+            continue
+        module = model.get_submodule(own.name)
+        fused = FusedLayer(compiled, layer, module, parts, own.spec, workspace)
+        difference = _difference(model, layer, module, fused, own.spec)
+        if difference <= _LAYER_TOLERANCE * TOLERANCE[model.dtype]:
+            layer.forward = fused
+            num_fused += 1
+        else:
+            _log.info("%s is no layer that can be fused: its results are off by %.2g", name, difference)
+    return num_fused
+
+
+_NUM_SLOTS, _MAX_LEN = 3, 40
+_STARTS = (0, 5, 38)
+
+
+def _difference(
+    model: PreTrainedModel, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec
+) -> float:
+    """How far the fused layer's results and cached tokens are off for random inputs and a random cache."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(model.dtype)
+
+    hidden = random(1, _NUM_SLOTS, fused._hidden)
+    embeddings = (random(1, _NUM_SLOTS, spec.key_dim), random(1, _NUM_SLOTS, spec.key_dim))
+    filled = [random(_NUM_SLOTS, _MAX_LEN, spec.num_kv_heads, dim) for dim in (spec.key_dim, spec.value_dim)]
+    chunks = [Chunk(slot, start, [0], 1) for slot, start in enumerate(_STARTS)]
+    batch = RaggedBatch.of(chunks)
+    results = []
+    for forward in (layer.forward, fused):
+        view = LayerView(*(numbers.clone() for numbers in filled))
+        attention = BatchAttention({module: Place(0, spec, view, True, _KERNEL)})
+        hook = AttentionHook(model, attention)
+        attention.begin(batch)
+        try:
+            output = forward(hidden, position_embeddings=embeddings, attention_mask=None)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+            _log.info("a %s takes more than Llama's does: %s", type(layer).__name__, error)
+            return float("inf")
+        finally:
+            hook.close()
+        if not isinstance(output, Tensor) or output.shape != hidden.shape or attention.num_attended != 1:
+            return float("inf")
+        results.append((output[0], view.keys.flatten(1), view.values.flatten(1)))
+    return max(row_difference(own, expected) for expected, own in zip(*results, strict=True))

@@ -1,0 +1,71 @@
+/* What the kernels take, and the kernels, which say beside their code what they compute. */
+#ifndef VATTENTION_KERNELS_H
+#define VATTENTION_KERNELS_H
+
+#include "common.h"
+
+/* A linear layer's weight, packed as linear.c describes it. */
+typedef struct {
+    const void *packed;
+    const float *bias; /* or NULL */
+    int64_t num_out;
+    int64_t num_in;
+    int32_t dtype;
+} vattention_weight;
+
+/* What a layer's attention computes. */
+typedef struct {
+    int64_t num_heads, num_kv_heads, key_dim, value_dim;
+    int64_t window; /* or 0 */
+    int64_t strip;  /* keys in a strip: a multiple of 16, at most 128 */
+    float scale;
+    float softcap; /* or 0 */
+} vattention_heads;
+
+/* Keys or values, with strides in elements. */
+typedef struct {
+    const void *numbers;
+    int64_t slot_stride; /* of a block, where there are blocks */
+    int64_t token_stride, head_stride;
+} vattention_cache;
+
+/* Blocks of a slot's tokens: entry [slot, i] has its tokens [i block_size, (i + 1) block_size). */
+typedef struct {
+    const int32_t *blocks;
+    int64_t slot_stride;
+    int64_t block_size; /* or 0: slots are contiguous */
+} vattention_tables;
+
+/* Heads that lie side by side. */
+typedef struct {
+    const float *scale; /* head_dim numbers, or NULL for no norm */
+    float epsilon;
+    int32_t num_heads;
+} vattention_normed_heads;
+
+/* What a token's queries and keys look like. */
+typedef struct {
+    vattention_normed_heads query, key;
+    int64_t head_dim;
+    int64_t width; /* of a token, with the values behind its keys */
+    int32_t dtype;
+} vattention_rotation;
+
+int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
+                          int32_t y_dtype, int32_t num_threads, parallel_fn parallel);
+
+void vattention_rms_norm(const void *x, const float *scale, void *y, int64_t num_rows, int64_t width, float epsilon,
+                         int32_t dtype, int32_t num_threads, parallel_fn parallel);
+
+void vattention_rotate(const vattention_rotation *shape, void *x, const void *cosines, const void *sines,
+                       int64_t num_tokens, int32_t num_threads, parallel_fn parallel);
+
+void vattention_gate(const void *gate_up, void *y, int64_t num_rows, int64_t width, float linear, float cubic,
+                     int32_t dtype, int32_t num_threads, parallel_fn parallel);
+
+int32_t vattention_attend(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
+                          const vattention_tables *tables, int32_t dtype, const void *query, int64_t query_row_stride,
+                          int64_t query_head_stride, const void *spans, int64_t num_spans, const float *sinks,
+                          void *output, int32_t num_threads, parallel_fn parallel);
+
+#endif
