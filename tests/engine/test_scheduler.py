@@ -144,6 +144,16 @@ def test_a_sequence_that_never_fits_fails_alone() -> None:
         assert "kv_memory" in str(outputs[name].error)
 
 
+def test_a_prompt_is_cut_as_short_as_its_windows_need() -> None:
+    """Whole, it would need a window's memory for each of its tokens; what fits alone fits in small chunks."""
+    prompt = [5 + i for i in range(42)]
+    engine = fake_engine(limit_pages=2 * 11 + 2 * 3, max_num_batched_tokens=64)
+    engine.add_request("alone", {"prompt_token_ids": prompt}, greedy(3))
+    outputs = run(engine)
+    assert outputs["alone"].error is None
+    assert outputs["alone"].outputs[0].token_ids == completion(prompt, 3)
+
+
 def test_a_failing_forward_ends_its_sequences_and_no_others() -> None:
     engine = fake_engine(num_slots=2, runner=FakeRunner(fail_at=3))
     for name in "abc":

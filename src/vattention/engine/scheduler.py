@@ -110,8 +110,9 @@ class Scheduler:
                     room = self._max_num_batched_tokens - plan.num_tokens
                     wanted = min(remaining, room, for_prompts if remaining > 1 else 1)
                     count = self._chunk_length(sequence, wanted)
-                    provide = partial(self._residents.provide, sequence, count)
-                    if count and unit and self._secure(provide, unit, queue, plan):
+                    if count and unit:
+                        count = self._secure(partial(self._residents.provide, sequence), count, unit, queue, plan)
+                    if count and unit:
                         for_prompts -= count if remaining > 1 else 0
                         plan.put(sequence, count)
             except DriverError as error:
@@ -121,33 +122,43 @@ class Scheduler:
     def _fork_beams(self, unit: list[Sequence], queue: list[list[Sequence]], plan: Plan) -> None:
         """Give slots to those beams of a unit that have none, as soon as there is what they are to fork from."""
         beams = unit[0].request.beams
-        while beams is not None and beams.forks:
-            parent, child = beams.forks[0].parent, beams.forks[0].child
-            if parent.num_computed < beams.fork_at:
-                return
-            if not self._secure(partial(self._residents.fork, parent, child), unit, queue, plan):
-                return
-            beams.forks.pop(0)
-            unit.append(child)
+        if beams is None:
+            return
+        forks = beams.forks
+
+        def fork(_: int) -> bool:
+            return self._residents.fork(forks[0].parent, forks[0].child)
+
+        while forks and forks[0].parent.num_computed >= beams.fork_at and self._secure(fork, 1, unit, queue, plan):
+            unit.append(forks.pop(0).child)
 
     def _secure(
-        self, attempt: Callable[[], bool], unit: list[Sequence], queue: list[list[Sequence]], plan: Plan
-    ) -> bool:
-        """Preempt those that come after `unit`, the last first, until the attempt succeeds.
+        self,
+        attempt: Callable[[int], bool],
+        count: int,
+        unit: list[Sequence],
+        queue: list[list[Sequence]],
+        plan: Plan,
+    ) -> int:
+        """Preempt those that come after `unit`, the last first, until the attempt at `count` succeeds; if nobody is
+        left, attempt less. Returns the count that succeeded, or 0.
 
-        A sequence that has nobody after it is preempted itself. Beams keep what they have and try again in the next
-        step: whoever goes before them takes it if he must. They fail if they are alone and none of them can go on.
+        A sequence that has nobody after it is preempted itself in the end. Beams keep what they have and try again
+        in the next step: whoever goes before them takes it if he must. They fail if they are alone and none of them
+        can go on.
         """
-        while not attempt():
+        while not attempt(count):
             if queue:
                 self._preempt(queue.pop(), plan)
+            elif count > 1:
+                count = _shorter(count)
             elif unit[0].request.beams is None or (len(unit) == len(self.running) and not plan.chunks):
                 self._preempt(unit, plan)
                 unit.clear()
-                return False
+                return 0
             else:
-                return False
-        return True
+                return 0
+        return count
 
     def _admit_waiting(self, plan: Plan) -> None:
         passed_over: list[Sequence] = []
@@ -188,9 +199,11 @@ class Scheduler:
             sequence.request.num_cached_tokens = num_cached
         num_looked_up = len(sequence.wanted_token_ids)
         count = self._chunk_length(sequence, min(sequence.num_computable - sequence.num_computed, budget))
-        if not self._residents.provide(sequence, count):
-            self._residents.leave(sequence)
-            return False
+        while not self._residents.provide(sequence, count):
+            if count <= 1:
+                self._residents.leave(sequence)
+                return False
+            count = _shorter(count)
         if count:
             plan.put(sequence, count)
         plan.num_looked_up_tokens += num_looked_up
@@ -229,3 +242,11 @@ class Scheduler:
             accounts.limit_nbytes,
             f"{subject} not fit into the KV cache even alone; raise kv_memory or free memory on this machine",
         )
+
+
+def _shorter(count: int) -> int:
+    """A chunk to try where there is no memory for one of `count` tokens.
+
+    One token needs the least: in a layer with a sliding window, a chunk needs all that any of its tokens sees.
+    """
+    return count // 2
