@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.engine.beam_reference import coarse_logits, model_logits, search
 from tests.engine.fakes import END, PAGE, VOCAB, FakeRunner, fake_engine
-from tests.engine.test_every_manager import MANAGERS, engine_over
+from tests.engine.managers import MANAGERS, engine_over
 from tests.engine.test_parity import MAX_LEN, engine_for, generated, prompts_for
 from tests.engine.test_scheduler import run
 from tests.model.architectures import ARCHITECTURES

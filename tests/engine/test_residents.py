@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from tests.engine.fakes import PAGE, SPECS, completion, fake_engine
+from tests.engine.fakes import PAGE, completion
+from tests.engine.managers import MANAGERS, engine_over
 from tests.engine.test_scheduler import greedy, run
-from vattention.config import EngineConfig
 from vattention.engine.engine import LLMEngine
-from vattention.kv.build import create_manager
 
 STEM = [5 + i % 40 for i in range(40)]
 PROMPTS = [[*STEM, 2 + i] for i in range(6)]
@@ -24,13 +22,11 @@ WHOLE = 2 * 11 + 2 * 3
 OWN = 2 * 1 + 2 * 1
 """Of those, the ones behind the stem."""
 
-MANAGERS: dict[str, dict[str, Any]] = {"virtual": {}, "paged": {"kv": "paged", "block_size": 4}}
+SHARING = {name: MANAGERS[name] for name in ("virtual", "paged")}
 
 
-def engine_over(options: dict[str, Any], pages: int) -> LLMEngine:
-    config = EngineConfig(model="fake", max_num_seqs=8, kv_memory=pages * PAGE, **options)
-    manager = create_manager(config, SPECS, dtype=torch.float32, device="cpu", max_len=64)
-    return fake_engine(manager=manager, num_slots=8, max_num_batched_tokens=8)
+def engine_with(options: dict[str, Any], pages: int) -> LLMEngine:
+    return engine_over(options, num_slots=8, limit_pages=pages, budget=8)
 
 
 def most_at_once(engine: LLMEngine) -> int:
@@ -50,25 +46,25 @@ def most_at_once(engine: LLMEngine) -> int:
     return most
 
 
-@pytest.mark.parametrize("options", MANAGERS.values(), ids=MANAGERS)
+@pytest.mark.parametrize("options", SHARING.values(), ids=SHARING)
 @pytest.mark.parametrize("count", range(1, 7))
 def test_sharers_need_room_for_what_they_do_not_share(count: int, options: dict[str, Any]) -> None:
     exactly = WHOLE + (count - 1) * OWN
     for pages in (exactly, exactly + OWN - 1):
-        assert most_at_once(engine_over(options, pages)) == count
+        assert most_at_once(engine_with(options, pages)) == count
 
 
-@pytest.mark.parametrize("options", MANAGERS.values(), ids=MANAGERS)
+@pytest.mark.parametrize("options", SHARING.values(), ids=SHARING)
 def test_one_prefix_of_the_cache_serves_many(options: dict[str, Any]) -> None:
     """The first to take it needs room for all of it; its pages stand behind a slot that no sequence has."""
-    engine = engine_over(options, 1000)
+    engine = engine_with(options, 1000)
     engine.add_request("before", {"prompt_token_ids": [*STEM, 48, 48, 48, 48]}, greedy(1))
     run(engine)
     engine.manager.set_limit((WHOLE + 5 * OWN) * PAGE)
     assert most_at_once(engine) == 6
 
 
-@pytest.mark.parametrize("options", MANAGERS.values(), ids=MANAGERS)
+@pytest.mark.parametrize("options", SHARING.values(), ids=SHARING)
 def test_without_a_common_beginning_each_needs_all(options: dict[str, Any]) -> None:
-    engine = engine_over({**options, "enable_prefix_caching": False}, 2 * WHOLE - 1)
+    engine = engine_with({**options, "enable_prefix_caching": False}, 2 * WHOLE - 1)
     assert most_at_once(engine) == 1

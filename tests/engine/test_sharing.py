@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.fakes import FakeRunner, completion, fake_engine
+from tests.engine.managers import MANAGERS, engine_over
 from tests.engine.test_scheduler import greedy, run
 from vattention.engine.engine import LLMEngine
 from vattention.errors import RequestError
@@ -76,6 +77,19 @@ def test_requests_that_come_together_compute_their_prefix_once() -> None:
         assert outputs[str(i)].outputs[0].token_ids == completion(prompt, 5)
     assert [outputs[str(i)].num_cached_tokens for i in range(8)] == [0] + [30] * 7
     assert runner.num_computed == 30 + 8 * 2 + 8 * 4
+
+
+def test_in_blocks_too_what_is_common_is_computed_once() -> None:
+    runner = FakeRunner()
+    engine = engine_over(MANAGERS["paged"], num_slots=16, limit_pages=1000, budget=100, runner=runner)
+    prompts = [[*range(2, 34), last, 3] for last in range(2, 10)]
+    for index, prompt in enumerate(prompts):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, greedy(5, n=2))
+    outputs = run(engine)
+    for index, prompt in enumerate(prompts):
+        assert [o.token_ids for o in outputs[str(index)].outputs] == [completion(prompt, 5)] * 2
+    assert runner.num_computed == 34 + 7 * 2 + 8 * 2 * 4
+    engine.close()
 
 
 def test_one_that_waits_for_a_prefix_holds_nobody_else_up() -> None:
