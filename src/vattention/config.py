@@ -77,7 +77,8 @@ class EngineConfig:
         reservation: tokens that kv="reserved" takes for a sequence: the longest there can be ("max"), the prompt's
             and a power of two for the output ("pow2"), or as many as it may become ("oracle").
         swap_space: keep preempted sequences here where that is quicker than computing them again: a size of memory
-            such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default.
+            such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default. Beam
+            searches are always computed again.
         attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
         seed: seed of requests that bring none.
         trust_remote_code: run Python code that comes with the model.

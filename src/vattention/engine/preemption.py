@@ -2,7 +2,8 @@
 
 Swapping costs its bytes over the copies' bandwidth, out and back in; recomputing costs its tokens over the rate at
 which prompts are computed. PagedAttention (arXiv 2309.06180, sections 4.5 and 7.3) names both and leaves the choice
-to the operator; here it is made per sequence, from what this machine was seen to do.
+to the operator; here it is made per sequence, from what this machine was seen to do. Beams are always computed
+again: copies of their slots would hold what they share as often as there are beams.
 """
 
 from __future__ import annotations
