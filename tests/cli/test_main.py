@@ -99,14 +99,18 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_is_there_at_once() -> None:
-    def processor_time_s() -> float:
+    def processor_time_s(*arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert python("-m", "vattention", "--help").returncode == 0
+        assert python(*arguments).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # Not the clock's time, and the best of three: other work on the machine is not the command's fault.
-    assert min(processor_time_s() for _ in range(3)) < 0.5
+    # Beside what the parser alone takes, in turns, and the best of three: a busy machine slows both.
+    runs = [
+        (processor_time_s("-m", "vattention", "--help"), processor_time_s("-c", "import cyclopts"))
+        for _ in range(3)
+    ]
+    assert min(ours for ours, _ in runs) < 3 * min(parsers for _, parsers in runs)
 
 
 def test_the_module_runs_and_hands_on_the_status() -> None:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-import threading
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +29,13 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 def tokens(*ids: int) -> Any:
     return {"prompt_token_ids": list(ids)}
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for what must come to be, on however busy a machine."""
+    async with asyncio.timeout(60):
+        while not holds():
+            await asyncio.sleep(0.005)
 
 
 async def last_tokens(engine: AsyncEngine, prompt: list[int], count: int) -> list[int]:
@@ -57,10 +65,7 @@ async def test_leaving_early_frees_the_memory(engine: AsyncEngine) -> None:
     stream = engine.submit(tokens(*[5] * 20), greedy(44))
     await anext(stream)
     await stream.aclose()
-    for _ in range(200):
-        if engine.statistics().num_running == 0:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: engine.statistics().num_running == 0)
     assert engine.statistics().accounts.live_nbytes == 0
 
 
@@ -91,12 +96,9 @@ async def test_a_third_hangs_up_at_random_and_nothing_stays(engine: AsyncEngine)
         await asyncio.gather(task, return_exceptions=True)
 
     await asyncio.gather(*(client(i) for i in range(100)))
-    for _ in range(200):
-        if engine.statistics().num_running == engine.statistics().num_waiting == 0:
-            break
-        await asyncio.sleep(0.01)
+    await until(lambda: not engine._engine.has_unfinished_requests() and not engine._orders)
+    assert engine.statistics().num_running == engine.statistics().num_waiting == 0
     assert not engine._streams
-    assert not engine._engine.has_unfinished_requests()
     assert engine.statistics().accounts.live_nbytes == 0
 
 
@@ -129,8 +131,10 @@ async def test_shutdown_ends_streams_with_an_error() -> None:
     runner = SteppedRunner()
     engine = AsyncEngine(fake_engine(runner=runner))
     stream = engine.submit(tokens(5), greedy(40))
-    threading.Timer(0.1, runner.run_free).start()
-    await asyncio.to_thread(engine.shutdown)
+    stopping = asyncio.create_task(asyncio.to_thread(engine.shutdown))
+    await until(lambda: engine._stopping)
+    runner.run_free()
+    await stopping
     with pytest.raises(EngineStoppedError, match="stopped before"):
         async for _ in stream:
             pass
@@ -155,10 +159,22 @@ async def test_a_dead_engine_says_why_to_everyone(monkeypatch: pytest.MonkeyPatc
 
 
 async def test_an_idle_engine_uses_no_processor(engine: AsyncEngine) -> None:
+    """Of the thread's own time and wake-ups, so that the rest of the process may do what it will."""
     await last_tokens(engine, [5], 3)
-    before = time.process_time()
-    await asyncio.sleep(0.5)
-    assert time.process_time() - before < 0.05
+    await until(lambda: not engine._engine.has_unfinished_requests())
+    thread = engine._thread
+    assert thread.ident is not None
+    clock = time.pthread_getcpuclockid(thread.ident)
+
+    def num_wakeups() -> int:
+        status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+        return int(re.findall(r"^voluntary_ctxt_switches:\s*(\d+)", status, re.MULTILINE)[0])
+
+    await asyncio.sleep(0.1)  # the last step's end
+    before, slept = time.clock_gettime(clock), num_wakeups()
+    await asyncio.sleep(0.4)
+    assert time.clock_gettime(clock) - before < 0.01
+    assert num_wakeups() - slept <= 3
 
 
 async def test_warm_memory_goes_back_when_nothing_comes(
@@ -167,8 +183,7 @@ async def test_warm_memory_goes_back_when_nothing_comes(
     monkeypatch.setattr("vattention.engine.async_engine.IDLE_KEEP_S", 0.05)
     monkeypatch.setattr("vattention.engine.async_engine.IDLE_KEEP_CACHED_S", 0.05)
     await last_tokens(engine, [5], 3)
-    await asyncio.sleep(0.3)
-    assert engine.statistics().accounts.mapped_nbytes == 0
+    await until(lambda: engine.statistics().accounts.mapped_nbytes == 0)
     assert await last_tokens(engine, [5], 3) == completion([5], 3)
 
 
@@ -180,7 +195,6 @@ async def test_an_idle_engine_keeps_no_memory_that_others_need(monkeypatch: pyte
         await last_tokens(engine, [5], 3)
         assert engine.statistics().accounts.warm_nbytes > 0
         monkeypatch.setattr(inner.manager, "refresh_limit", lambda: inner.manager.set_limit(0))
-        await asyncio.sleep(0.3)
-        assert engine.statistics().accounts.mapped_nbytes == 0
+        await until(lambda: engine.statistics().accounts.mapped_nbytes == 0)
     finally:
         engine.shutdown()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engine.fakes import SteppedRunner, completion, fake_engine
-from tests.engine.test_async_engine import greedy, tokens
+from tests.engine.test_async_engine import greedy, tokens, until
 from vattention.engine.async_engine import AsyncEngine
 from vattention.engine.stream import RequestStream
 from vattention.errors import EngineStoppedError, QueueFullError, RequestError
@@ -52,8 +52,7 @@ async def started(engine: AsyncEngine, runner: SteppedRunner, num_tokens: int) -
     runner.steps.release(num_tokens)
     while lengths([await anext(stream)]) != [num_tokens]:
         pass
-    while runner.num_begun == num_tokens:
-        await asyncio.sleep(0.001)
+    await until(lambda: runner.num_begun > num_tokens)
     return stream
 
 
@@ -191,8 +190,7 @@ async def test_a_stopped_engine_says_so(file: Path, engine: AsyncEngine, runner:
     await started(engine, runner, 1)
     orders = [await begun(engine.suspend("a", file.parent / "a")), await begun(engine.resume(file))]
     stopping = asyncio.create_task(asyncio.to_thread(engine.shutdown))
-    while not engine._stopping:
-        await asyncio.sleep(0.001)
+    await until(lambda: engine._stopping)
     runner.run_free()
     await stopping
     for refused in orders:
