@@ -65,10 +65,14 @@ def test_a_finished_request_counts_all_its_samples() -> None:
 
 
 def test_the_gravest_reason_counts() -> None:
-    engine = fake_engine()
+    """Of a sample that has ended and one that still waits for a slot."""
+    engine = fake_engine(num_slots=1)
     recorder = recorded(engine)
-    engine.add_request("a", {"prompt_token_ids": [5]}, greedy(None))
-    engine.step()
+    engine.add_request("a", {"prompt_token_ids": [5]}, greedy(3, n=2))
+    reasons: list[str | None] = [None, None]
+    while reasons == [None, None]:
+        reasons = [sample.finish_reason for output in engine.step() for sample in output.outputs] or reasons
+    assert reasons == ["length", None]
     engine.abort("a")
     assert [finished.finish_reason for finished in recorder.finished] == ["abort"]
 

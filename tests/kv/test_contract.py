@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 
@@ -124,6 +125,27 @@ def test_shortage_changes_nothing(cache: KVManager) -> None:
     assert cache.has_room(32)
     begin(cache)
     check_accounts(cache)
+
+
+def test_room_is_needed_for_what_is_not_shared() -> None:
+    """By every manager with a prefix cache, and by no other."""
+    tokens, other = list(range(32)), list(range(50, 82))
+    for name, make in MANAGERS.items():
+        with closing(make(open_driver("cpu", PAGE), False, LIMIT)) as cache:
+            slot = cache.take(tokens, max_tokens=40).slot
+            cache.ensure(slot, 0, 32)
+            cache.computed(slot, 32)
+            cache.drop_warm()
+            cache.set_limit(cache.accounts().mapped_nbytes + 8 * PAGE)
+            shares = name.endswith("cache")
+            assert cache.has_room(33, [*tokens, 1]) == shares
+            assert not cache.has_room(33, [*tokens, 1], salt="another")
+            assert not cache.has_room(33, [*other, 1])
+            assert not cache.has_room(64, [*tokens, *other])
+            if shares:
+                placement = cache.take([*tokens, 1])
+                assert placement.num_cached_tokens == 32
+                cache.ensure(placement.slot, 32, 33)
 
 
 def begin(cache: KVManager) -> int:
