@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -135,6 +136,58 @@ class TestNative:
             packed(torch.ones(1, 4))
 
 
+def same_largest(weight: Tensor, x: Tensor) -> None:
+    """The screened result is that of computing everything, to the bit."""
+    plain, screened = NativeLinear.pack(weight, None), NativeLinear.pack(weight, None)
+    assert screened.screen()
+    for own, expected in zip(screened.largest(x), plain.largest(x), strict=True):
+        np.testing.assert_array_equal(own, expected)
+
+
+def some_weights() -> Iterator[tuple[Tensor, Tensor]]:
+    """Weights and inputs that are hard to screen, for some reason each."""
+    for num_out, num_in in ((1, 1), (31, 64), (33, 65), (5000, 100), (3000, 640)):
+        yield torch.randn(num_out, num_in), torch.randn(5, num_in)
+    outliers = torch.randn(4000, 128)
+    outliers[:, 7] *= 100.0
+    yield outliers, torch.randn(21, 128) * torch.logspace(-3, 3, 128)
+    close = torch.randn(1, 96).expand(3000, -1) + torch.randn(3000, 96) * 1e-3
+    yield close, torch.randn(40, 96)
+    few = torch.zeros(2000, 64)
+    few[[5, 1700, 1999], 3] = 1.0
+    yield few, torch.cat([torch.eye(64)[:9], -torch.eye(64)[:9], torch.zeros(1, 64)])
+
+
+@pytest.mark.skipif(
+    (library := native.kernels()) is None or not library.can_screen, reason="needs a processor with VNNI"
+)
+class TestScreen:
+    def test_the_largest_are_the_same(self) -> None:
+        for weight, x in some_weights():
+            same_largest(weight.bfloat16(), x.bfloat16())
+
+    def test_nan_and_infinity_are_seen(self) -> None:
+        weight, x = torch.randn(3000, 64).bfloat16(), torch.randn(6, 64).bfloat16()
+        x[2, 5], x[4, 1] = torch.nan, torch.inf
+        same_largest(weight, x)
+        weight[2000, 3] = torch.nan
+        assert not NativeLinear.pack(weight, None).screen()
+        weight[2000, 3] = torch.inf
+        assert not NativeLinear.pack(weight, None).screen()
+
+    def test_it_computes_few_panels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An input that is one of the weight's rows: memory that no other row needs may hold anything."""
+        weight = torch.randn(32 * 100, 256).bfloat16()
+        screened = NativeLinear.pack(weight, None)
+        assert screened.screen()
+        screened._panels.view(100, -1)[:50] = torch.nan
+        assert screened.largest(weight[3000:3001])[0].tolist() == [3000]
+
+    def test_only_plain_bfloat16(self) -> None:
+        assert not NativeLinear.pack(torch.randn(64, 64), None).screen()
+        assert not NativeLinear.pack(torch.randn(64, 64).bfloat16(), torch.zeros(64).bfloat16()).screen()
+
+
 def test_widening_splits_wide_weights() -> None:
     class SmallBlocks(WideningLinear):
         block_nbytes = 4 * 50 * 7
@@ -210,6 +263,10 @@ def test_lesser_processors_give_the_same(
         x = torch.randn(9, 100).to(dtype)
         kernels = native.kernels()
         assert kernels is not None
+        assert kernels.can_screen <= (dot == 1)
+        if kernels.can_screen and dtype == torch.bfloat16:
+            for weight, some in some_weights():
+                same_largest(weight.bfloat16(), some.bfloat16())
         normed, gated = torch.empty_like(x), torch.empty_like(x[:, :50])
         kernels.rms_norm(x, torch.ones(100), 1e-6, normed)
         kernels.gate(x, 1.0, 0.0, gated)

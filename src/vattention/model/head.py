@@ -7,6 +7,7 @@ without any logits in memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -17,9 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.native import Largest
+
+_log = logging.getLogger(__name__)
 
 _KEPT_NUMBERS = 1 << 24
 """Most logits whose memory is kept for the next forward."""
+
+_SCREENED_NBYTES = 32 << 20
+"""Output layers from this size on, beyond most caches, are worth a copy in 8 bits that finds greedy tokens."""
 
 
 class Predictions(Protocol):
@@ -31,7 +38,7 @@ class Predictions(Protocol):
         """[len(rows), V] float32, to be read until the next call of this model's predictions."""
         ...
 
-    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def likeliest(self, rows: Sequence[int]) -> Largest:
         """The first largest logit of each row, NaN counting as largest: its index and its value."""
         ...
 
@@ -48,7 +55,7 @@ class GivenLogits:
     def logits(self, rows: Sequence[int]) -> Tensor:
         return self._logits if list(rows) == list(range(len(self))) else self._logits[list(rows)]
 
-    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def likeliest(self, rows: Sequence[int]) -> Largest:
         logits = self.logits(rows)
         if logits.is_cuda:
             largest, token_ids = logits.max(dim=-1)
@@ -75,7 +82,7 @@ class HiddenStates:
             self._layer.write(self._hidden[list(rows)], y)
         return y
 
-    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def likeliest(self, rows: Sequence[int]) -> Largest:
         return self._layer.largest(self._hidden if len(rows) == len(self) else self._hidden[list(rows)])
 
 
@@ -117,4 +124,8 @@ def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
         outputs = model.base_model(input_ids=token_ids, use_cache=False)
         hidden = getattr(outputs, "last_hidden_state", None)
         same = hidden is not None and torch.equal(module(hidden), logits)
-    return layer if same else None
+    if not same:
+        return None
+    if layer.nbytes >= _SCREENED_NBYTES and layer.screen():
+        _log.debug("the output layer is screened in 8 bits for greedy tokens")
+    return layer

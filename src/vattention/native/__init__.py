@@ -24,6 +24,9 @@ FOLDER = Path(__file__).parent
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _CACHE_DTYPES = {**_DTYPES, torch.float16: 2}
 
+Largest = tuple[NDArray[np.int64], NDArray[np.float32]]
+"""Of rows: where each one's first largest number is, and that number; NaN counts as largest."""
+
 
 class LinearWeight(ctypes.Structure):
     """`vattention_weight` of linear.c: a packed weight and a bias, both kept alive by who made this."""
@@ -41,6 +44,19 @@ class LinearWeight(ctypes.Structure):
         """Panels as linear.c describes them, and a float32 bias padded to whole panels."""
         bias_address = None if bias is None else bias.data_ptr()
         return cls(packed.data_ptr(), bias_address, num_out, num_in, _DTYPES[packed.dtype])
+
+
+class ScreenCopy(ctypes.Structure):
+    """`vattention_screen` of screen.c: tensors kept alive by who made this."""
+
+    _fields_ = (
+        ("numbers", c_void_p),
+        ("scales", c_void_p),
+        ("errors", c_void_p),
+        ("sums", c_void_p),
+        ("num_out", c_int64),
+        ("num_steps", c_int64),
+    )
 
 
 class AttentionHeads(ctypes.Structure):
@@ -178,7 +194,19 @@ class Kernels:
         self._largest = library.vattention_largest
         self._largest.restype = c_int32
         self._largest.argtypes = (
-            *(c_void_p, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64),
+            *(c_void_p, c_void_p, c_int32, c_void_p),
+        )
+        library.vattention_can_screen.restype = c_int32
+        library.vattention_can_screen.argtypes = ()
+        self.can_screen = bool(library.vattention_can_screen())
+        self._screen_pack = library.vattention_screen_pack
+        self._screen_pack.restype = c_int32
+        self._screen_pack.argtypes = (c_void_p, c_void_p, c_int32, c_void_p)
+        self._screened_largest = library.vattention_screened_largest
+        self._screened_largest.restype = c_int32
+        self._screened_largest.argtypes = (
+            *(c_void_p, c_void_p, c_void_p, c_int64, c_int64),
             *(c_void_p, c_void_p, c_int32, c_void_p),
         )
         self._rms_norm = library.vattention_rms_norm
@@ -229,25 +257,32 @@ class Kernels:
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
 
-    def largest(
-        self, weight: LinearWeight, x: Tensor, columns: NDArray[np.int64], values: NDArray[np.float32]
-    ) -> None:
+    def largest(self, weight: LinearWeight, x: Tensor, screen: ScreenCopy | None = None) -> Largest:
         """Each row's first largest number of x[rows, in] W^T + b, NaN counting as largest: its column and itself.
 
-        One row or more, each contiguous.
+        Args:
+            x: one row or more, each contiguous.
+            screen: made from this weight; only where there is no bias.
         """
-        status = self._largest(
-            ctypes.addressof(weight),
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            columns.ctypes.data,
-            values.ctypes.data,
-            torch.get_num_threads(),
-            self._parallel,
+        columns, values = np.empty(x.shape[0], np.int64), np.empty(x.shape[0], np.float32)
+        rest = (
+            *(x.data_ptr(), x.stride(0), x.shape[0], columns.ctypes.data, values.ctypes.data),
+            *(torch.get_num_threads(), self._parallel),
         )
+        if screen is None:
+            status = self._largest(ctypes.addressof(weight), None, 0, *rest)
+        else:
+            status = self._screened_largest(ctypes.addressof(screen), ctypes.addressof(weight), *rest)
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
+        return columns, values
+
+    def screen(self, screen: ScreenCopy, weight: LinearWeight) -> bool:
+        """Fills in the copy of a bfloat16 weight; whether all its numbers are finite, and the copy can be used."""
+        status = self._screen_pack(
+            ctypes.addressof(screen), ctypes.addressof(weight), torch.get_num_threads(), self._parallel
+        )
+        return bool(status == 0)
 
     def rms_norm(self, x: Tensor, scale: Tensor, epsilon: float, y: Tensor) -> None:
         """y = x / sqrt(mean(x^2) + epsilon) * scale over rows of scale's length, dense, in the order of memory.

@@ -27,4 +27,13 @@ typedef void (*parallel_fn)(void (*body)(void *), void *argument, unsigned num_t
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* A bfloat16 as float32. */
+INLINE float widened(uint16_t bits) {
+    const union {
+        uint32_t bits;
+        float number;
+    } both = {.bits = (uint32_t)bits << 16};
+    return both.number;
+}
+
 #endif

@@ -13,6 +13,16 @@ typedef struct {
     int32_t dtype;
 } vattention_weight;
 
+/* A weight's copy in 8 bits, as screen.c describes it, and what its products may be off by. */
+typedef struct {
+    int8_t *numbers;
+    float *scales; /* of a column's numbers */
+    float *errors; /* a product's largest, relative to the length of x */
+    int32_t *sums; /* of a column's numbers */
+    int64_t num_out;
+    int64_t num_steps; /* a multiple of 16 */
+} vattention_screen;
+
 /* What a layer's attention computes. */
 typedef struct {
     int64_t num_heads, num_kv_heads, key_dim, value_dim;
@@ -53,6 +63,16 @@ typedef struct {
 
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel);
+
+int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
+                           int64_t x_stride, int64_t num_rows, int64_t *columns, float *values, int32_t num_threads,
+                           parallel_fn parallel);
+
+/* Which instructions multiply bfloat16 here: 0 none, 1 pairs, 2 matrix tiles. A thread that uses those itself begins,
+ * for so many rows of at most 32, and ends. */
+int vattention_has_tiles(void);
+void vattention_tiles_begin(int64_t rows);
+void vattention_tiles_end(void);
 
 void vattention_rms_norm(const void *x, const float *scale, void *y, int64_t num_rows, int64_t width, float epsilon,
                          int32_t dtype, int32_t num_threads, parallel_fn parallel);

@@ -82,13 +82,12 @@ static void add(void *x, const void *y, int64_t count, int32_t dtype) {
     uint16_t *to = x;
     const uint16_t *from = y;
     for (int64_t i = 0; i < count; i++) {
-        union {
-            uint32_t bits;
+        const union {
             float number;
-        } a = {.bits = (uint32_t)to[i] << 16}, b = {.bits = (uint32_t)from[i] << 16};
-        a.number += b.number;
-        const uint32_t rounded = (a.bits + 0x7fffu + ((a.bits >> 16) & 1u)) >> 16;
-        to[i] = (uint16_t)(a.number != a.number ? (a.bits >> 16) | 0x40u : rounded);
+            uint32_t bits;
+        } sum = {.number = widened(to[i]) + widened(from[i])};
+        const uint32_t rounded = (sum.bits + 0x7fffu + ((sum.bits >> 16) & 1u)) >> 16;
+        to[i] = (uint16_t)(sum.number != sum.number ? (sum.bits >> 16) | 0x40u : rounded);
     }
 }
 

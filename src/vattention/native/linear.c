@@ -123,6 +123,12 @@ __attribute__((constructor)) static void find_best(void) {
 #endif
 }
 
+int vattention_has_tiles(void) { return best.tiles ? 2 : best.pairs ? 1 : 0; }
+
+void vattention_tiles_begin(int64_t rows) { best.tiles->begin(rows); }
+
+void vattention_tiles_end(void) { best.tiles->end(); }
+
 static const tile_set *set_for(int32_t dtype, int64_t num_in) {
     if (dtype == FLOAT32) {
         return best.float32;
@@ -150,6 +156,8 @@ typedef struct {
     int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
     const tile_set *set;
     best_column *winners; /* [threads, num_rows], or NULL where y is wanted */
+    const int32_t *panels; /* those to compute, or NULL for all */
+    int64_t num_panels;
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
@@ -241,7 +249,7 @@ static void compete(best_column *winners, const float *y, int64_t stride, int64_
  * late, because other processes hold their cores, take fewer. */
 static void work(void *argument) {
     job *j = argument;
-    const int64_t num_out = j->weight->num_out, num_panels = (num_out + COLUMNS - 1) / COLUMNS;
+    const int64_t num_out = j->weight->num_out;
     const int64_t y_element = j->y_dtype == FLOAT32 ? 4 : 2;
     const int64_t thread = __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
     float *x = j->set->widens ? j->workspace + j->workspace_floats * thread : NULL;
@@ -260,14 +268,15 @@ static void work(void *argument) {
             block_in_x = block;
         }
         const int64_t begin = group * j->panels_each, end = begin + j->panels_each;
-        char *y = part ? (char *)part : (char *)j->y + (first * num_out + begin * COLUMNS) * y_element;
-        for (int64_t panel = begin; panel < end && panel < num_panels; panel++) {
-            panel_times(j, first, rows, panel, x, y + (panel - begin) * COLUMNS * y_element, &configured);
-        }
-        if (part) {
-            const int64_t left = num_out - begin * COLUMNS, columns = j->panels_each * COLUMNS;
-            compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, begin * COLUMNS,
-                    left < columns ? left : columns);
+        for (int64_t i = begin; i < end && i < j->num_panels; i++) {
+            const int64_t panel = j->panels ? j->panels[i] : i, column = panel * COLUMNS;
+            if (part) {
+                panel_times(j, first, rows, panel, x, (char *)part, &configured);
+                compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, column,
+                        num_out - column < COLUMNS ? num_out - column : COLUMNS);
+            } else {
+                panel_times(j, first, rows, panel, x, (char *)j->y + (first * num_out + column) * y_element, &configured);
+            }
         }
     }
     if (configured) {
@@ -275,8 +284,8 @@ static void work(void *argument) {
     }
 }
 
-/* Cuts the work into items and has it done; `part_floats` numbers per row of a block are a thread's own. */
-static int32_t run(job *j, int64_t most_panels, int64_t part_floats, int32_t num_threads, parallel_fn parallel) {
+/* Cuts the work into items and has it done. */
+static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
     const vattention_weight *weight = j->weight;
     j->set = set_for(weight->dtype, weight->num_in);
     int64_t most = (j->set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
@@ -287,12 +296,14 @@ static int32_t run(job *j, int64_t most_panels, int64_t part_floats, int32_t num
     if (j->num_blocks > 1) {
         j->block_rows = (j->block_rows + j->set->tile_rows - 1) / j->set->tile_rows * j->set->tile_rows;
     }
-    const int64_t num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
-    j->panels_each = num_panels / (16 * num_threads) + 1;
-    j->panels_each = j->panels_each < most_panels ? j->panels_each : most_panels;
-    j->num_groups = (num_panels + j->panels_each - 1) / j->panels_each;
+    if (j->panels == NULL) {
+        j->num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
+    }
+    j->panels_each = j->num_panels / (16 * num_threads) + 1;
+    j->num_groups = (j->num_panels + j->panels_each - 1) / j->panels_each;
     const int64_t widened_floats = j->set->widens ? num_strips(weight->num_in) * j->block_rows * STRIP_STRIDE : 0;
-    j->workspace_floats = (widened_floats + part_floats * j->block_rows + 15) / 16 * 16;
+    const int64_t part_floats = j->winners ? j->block_rows * j->y_stride : 0;
+    j->workspace_floats = (widened_floats + part_floats + 15) / 16 * 16;
     if (j->workspace_floats > 0) {
         j->workspace = aligned_alloc(64, (size_t)(num_threads * j->workspace_floats) * sizeof(float));
         if (j->workspace == NULL) {
@@ -316,17 +327,20 @@ int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel) {
     job j = {.weight = weight, .x = x, .y = y, .y_stride = weight->num_out, .y_dtype = y_dtype, .x_stride = x_stride};
     j.num_rows = num_rows;
-    return run(&j, INT64_MAX, 0, num_threads, parallel);
+    return run(&j, num_threads, parallel);
 }
 
 /* Each row's first largest number of y = x W^T + b, NaN counting as largest: its column, and itself in float32.
  *
- * y is never whole in memory. Otherwise as above. */
-int32_t vattention_largest(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows,
-                           int64_t *columns, float *values, int32_t num_threads, parallel_fn parallel) {
-    enum { PANELS = 32 };
-    job j = {.weight = weight, .x = x, .y_stride = PANELS * COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride};
+ * `panels` are the numbers of those in which to look, in ascending order, or NULL for all. y is never whole in memory.
+ * Otherwise as above. */
+int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
+                           int64_t x_stride, int64_t num_rows, int64_t *columns, float *values, int32_t num_threads,
+                           parallel_fn parallel) {
+    job j = {.weight = weight, .x = x, .y_stride = COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride};
     j.num_rows = num_rows;
+    j.panels = panels;
+    j.num_panels = num_panels;
     j.winners = malloc((size_t)(num_threads * num_rows) * sizeof(best_column));
     if (j.winners == NULL) {
         return -1;
@@ -334,7 +348,7 @@ int32_t vattention_largest(const vattention_weight *weight, const void *x, int64
     for (int64_t i = 0; i < num_threads * num_rows; i++) {
         j.winners[i].column = -1;
     }
-    const int32_t status = run(&j, PANELS, PANELS * COLUMNS, num_threads, parallel);
+    const int32_t status = run(&j, num_threads, parallel);
     for (int64_t m = 0; status == 0 && m < num_rows; m++) {
         best_column best_of_all = {.column = -1};
         for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {

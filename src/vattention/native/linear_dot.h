@@ -141,12 +141,13 @@ AMX_TARGET static void amx_tile(const tile_args *args) {
 static const tile_fn amx_tiles[] = {amx_tile};
 static const tile_set amx_set = {.tiles = amx_tiles, .tile_rows = AMX_ROWS, .begin = amx_begin, .end = amx_end};
 
-/* Whether the processor has matrix tiles for bfloat16 and the system lets this process use them: it saves their
+/* Whether the processor has matrix tiles and the system lets this process use them: it saves their
  * registers only for processes that ask. */
 static int amx_granted(void) {
     uint32_t a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-    if ((d >> 22 & 1) == 0 || (d >> 24 & 1) == 0) {
+    enum { OF_BFLOAT16 = 1 << 22, ANY = 1 << 24, OF_BYTES = 1 << 25 };
+    if ((~d & (OF_BFLOAT16 | ANY | OF_BYTES)) != 0) {
         return 0;
     }
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };

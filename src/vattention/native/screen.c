@@ -1,0 +1,355 @@
+/* The likeliest tokens of a large vocabulary for half the memory traffic, and for sure.
+ *
+ * One greedy token needs the largest of some 100,000 products with the output layer's weight, and reading that is most
+ * of a small model's step. A copy of the weight in 8 bits gives each product up to an error that is known: by Cauchy
+ * and Schwarz at most |w - copy| |x|. Only panels in which some upper bound reaches the largest lower bound are
+ * then computed from the weight itself, so the result is that of computing all. Rows of x are taken in 16 bits, as two
+ * rows of 8.
+ *
+ * The copy: panels of 32 columns as in linear.c, but four steps of the inner dimension at once, [panels, steps, 32, 4],
+ * padded with zeros.
+ */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__x86_64__) && VATTENTION_LANES >= 16 && VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 11)
+#define HAVE_SCREEN
+#endif
+
+#ifdef HAVE_SCREEN
+#define SCREEN_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma")))
+
+enum { COLUMNS = 32, HALF = 16, STEP = 4, AHEAD = 1024 };
+/* Rows of x taken together: by matrix tiles and by vectors. */
+enum { TILE_TOKENS = 16, VECTOR_TOKENS = 4 };
+/* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
+enum { WORTHWHILE = 4 };
+
+typedef struct {
+    const vattention_screen *screen;
+    const int8_t *rows; /* [2 * num_rows, 4 * steps]: a row's upper bytes, then its lower ones */
+    const float *factors, *norms;
+    int64_t num_rows, num_panels, panels_each;
+    float *upper; /* [num_rows, num_panels] */
+    float *lower; /* [threads, num_rows] */
+    int64_t next_thread, next_item; /* taken atomically */
+} job;
+
+/* One row's bounds in one panel, from the products of its upper and its lower bytes. */
+SCREEN_TARGET INLINE void judge(const job *j, int64_t row, int64_t panel, const __m512i *high, const __m512i *low,
+                                float *lower) {
+    const vattention_screen *s = j->screen;
+    const int64_t left = s->num_out - panel * COLUMNS;
+    const __mmask32 exists = left >= COLUMNS ? 0xffffffffu : (1u << left) - 1;
+    float most = -INFINITY;
+    for (int half = 0; half < 2; half++) {
+        const int64_t at = panel * COLUMNS + half * HALF;
+        const __mmask16 mask = (__mmask16)(exists >> (half * HALF));
+        const __m512 sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[half]), _mm512_set1_ps(256.0f),
+                                            _mm512_cvtepi32_ps(low[half]));
+        const __m512 value = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(s->scales + at),
+                                                               _mm512_set1_ps(j->factors[row])));
+        const __m512 error = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->norms[row]));
+        const float above = _mm512_mask_reduce_max_ps(mask, _mm512_add_ps(value, error));
+        const float below = _mm512_mask_reduce_max_ps(mask, _mm512_sub_ps(value, error));
+        most = above > most ? above : most;
+        lower[row] = below > lower[row] ? below : lower[row];
+    }
+    j->upper[row * j->num_panels + panel] = most;
+}
+
+/* `count` is a constant wherever this is inlined. */
+SCREEN_TARGET INLINE void vectors(const job *j, int64_t first, const int count, int64_t panel, float *lower) {
+    const vattention_screen *s = j->screen;
+    const int64_t width = s->num_steps * STEP;
+    const int8_t *numbers = s->numbers + panel * COLUMNS * width;
+    const __m512i offset = _mm512_set1_epi8((char)0x80);
+    __m512i sums[2 * VECTOR_TOKENS][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < 2 * count; m++) {
+        sums[m][0] = sums[m][1] = _mm512_setzero_si512();
+    }
+    for (int64_t step = 0; step < s->num_steps; step++, numbers += COLUMNS * STEP) {
+        _mm_prefetch((const char *)numbers + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char *)numbers + AHEAD + 64, _MM_HINT_T0);
+        const __m512i left = _mm512_loadu_si512(numbers), right = _mm512_loadu_si512(numbers + HALF * STEP);
+#pragma GCC unroll 8
+        for (int m = 0; m < 2 * count; m++) {
+            int32_t four;
+            memcpy(&four, j->rows + (2 * first + m) * width + step * STEP, sizeof(four));
+            /* The instruction wants its first factor without a sign. */
+            const __m512i x = _mm512_xor_si512(_mm512_set1_epi32(four), offset);
+            sums[m][0] = _mm512_dpbusd_epi32(sums[m][0], x, left);
+            sums[m][1] = _mm512_dpbusd_epi32(sums[m][1], x, right);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < 2 * count; m++) {
+        for (int half = 0; half < 2; half++) {
+            const __m512i own = _mm512_loadu_si512(s->sums + panel * COLUMNS + half * HALF);
+            sums[m][half] = _mm512_sub_epi32(sums[m][half], _mm512_slli_epi32(own, 7));
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < count; m++) {
+        judge(j, first + m, panel, sums[2 * m], sums[2 * m + 1], lower);
+    }
+}
+
+SCREEN_TARGET static void by_vectors(const job *j, int64_t first, int64_t count, int64_t panel, float *lower) {
+    switch (count) {
+    case 1:
+        vectors(j, first, 1, panel, lower);
+        break;
+    case 2:
+        vectors(j, first, 2, panel, lower);
+        break;
+    case 3:
+        vectors(j, first, 3, panel, lower);
+        break;
+    default:
+        vectors(j, first, VECTOR_TOKENS, panel, lower);
+    }
+}
+
+SCREEN_TARGET static void by_tiles(const job *j, int64_t first, int64_t count, int64_t panel, float *lower) {
+    const vattention_screen *s = j->screen;
+    const int64_t width = s->num_steps * STEP;
+    const int8_t *numbers = s->numbers + panel * COLUMNS * width, *x = j->rows + 2 * first * width;
+    int32_t sums[2 * TILE_TOKENS * COLUMNS] __attribute__((aligned(64)));
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < s->num_steps; step += 16, numbers += 16 * COLUMNS * STEP, x += 16 * STEP) {
+        for (int line = 0; line < 32; line++) {
+            _mm_prefetch((const char *)numbers + AHEAD + 64 * line, _MM_HINT_T0);
+        }
+        _tile_loadd(4, x, width);
+        _tile_loadd(6, numbers, COLUMNS * STEP);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, numbers + HALF * STEP, COLUMNS * STEP);
+        _tile_dpbssd(1, 4, 7);
+        if (count > TILE_TOKENS / 2) {
+            _tile_loadd(5, x + 16 * width, width);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, COLUMNS * 4);
+    _tile_stored(1, sums + HALF, COLUMNS * 4);
+    if (count > TILE_TOKENS / 2) {
+        _tile_stored(2, sums + 16 * COLUMNS, COLUMNS * 4);
+        _tile_stored(3, sums + 16 * COLUMNS + HALF, COLUMNS * 4);
+    }
+    for (int64_t m = 0; m < count; m++) {
+        const int32_t *own = sums + 2 * m * COLUMNS;
+        const __m512i high[2] = {_mm512_load_si512(own), _mm512_load_si512(own + HALF)};
+        const __m512i low[2] = {_mm512_load_si512(own + COLUMNS), _mm512_load_si512(own + COLUMNS + HALF)};
+        judge(j, first + m, panel, high, low, lower);
+    }
+}
+
+SCREEN_TARGET static void work(void *argument) {
+    job *j = argument;
+    const int tiles = vattention_has_tiles() == 2;
+    const int64_t together = tiles ? TILE_TOKENS : VECTOR_TOKENS;
+    float *lower = j->lower + j->num_rows * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
+    if (tiles) {
+        vattention_tiles_begin(COLUMNS);
+    }
+    for (;;) {
+        const int64_t begin = j->panels_each * __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
+        if (begin >= j->num_panels) {
+            break;
+        }
+        for (int64_t panel = begin; panel < begin + j->panels_each && panel < j->num_panels; panel++) {
+            for (int64_t first = 0; first < j->num_rows; first += together) {
+                const int64_t count = j->num_rows - first < together ? j->num_rows - first : together;
+                (tiles ? by_tiles : by_vectors)(j, first, count, panel, lower);
+            }
+        }
+    }
+    if (tiles) {
+        vattention_tiles_end();
+    }
+}
+
+/* A row in 16 bits: its bytes, its unit and its length; 0 where it is not finite. */
+static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high, float *unit, float *norm) {
+    float most = 0.0f;
+    double squares = 0.0;
+    for (int64_t k = 0; k < num_in; k++) {
+        const float value = widened(x[k]);
+        most = fabsf(value) > most ? fabsf(value) : most;
+        squares += (double)value * value;
+    }
+    if (!isfinite(squares)) {
+        return 0;
+    }
+    *unit = most / 32512.0f;
+    *norm = (float)sqrt(squares) * 1.00001f;
+    const float factor = most > 0.0f ? 32512.0f / most : 0.0f;
+    int8_t *low = high + width;
+    memset(high, 0, (size_t)(2 * width));
+    for (int64_t k = 0; k < num_in; k++) {
+        const int32_t number = (int32_t)lrintf(widened(x[k]) * factor);
+        const int32_t upper = (number + 128) >> 8;
+        high[k] = (int8_t)upper;
+        low[k] = (int8_t)(number - 256 * upper);
+    }
+    return 1;
+}
+
+typedef struct {
+    const vattention_weight *weight;
+    const vattention_screen *screen;
+    int64_t next; /* panel, taken atomically */
+    int32_t bad;
+} pack_job;
+
+static void pack(void *argument) {
+    pack_job *j = argument;
+    const vattention_screen *s = j->screen;
+    const int64_t width = s->num_steps * STEP, num_in = j->weight->num_in;
+    const int64_t num_panels = (s->num_out + COLUMNS - 1) / COLUMNS;
+    /* What x in 16 bits and sums in float32 add to a product's error, relative to |w| |x|. */
+    const float slack = sqrtf((float)num_in) / 65024.0f + (float)num_in * 0x1p-23f + 0x1p-20f;
+    for (;;) {
+        const int64_t panel = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED);
+        if (panel >= num_panels) {
+            return;
+        }
+        const uint16_t *packed = (const uint16_t *)j->weight->packed + panel * COLUMNS * ((num_in + 1) / 2 * 2);
+        int8_t *numbers = s->numbers + panel * COLUMNS * width;
+        float most[COLUMNS] = {0}, factor[COLUMNS], squares[COLUMNS] = {0}, errors[COLUMNS] = {0};
+        int32_t sums[COLUMNS] = {0};
+        memset(numbers, 0, (size_t)(COLUMNS * width));
+        for (int64_t k = 0; k < num_in; k++) {
+            for (int i = 0; i < COLUMNS; i++) {
+                const float w = widened(packed[(k / 2 * COLUMNS + i) * 2 + k % 2]);
+                most[i] = fabsf(w) > most[i] ? fabsf(w) : most[i];
+                squares[i] += w * w;
+            }
+        }
+        for (int i = 0; i < COLUMNS; i++) {
+            if (!isfinite(squares[i])) {
+                __atomic_store_n(&j->bad, 1, __ATOMIC_RELAXED);
+                return;
+            }
+            s->scales[panel * COLUMNS + i] = most[i] / 127.0f;
+            factor[i] = most[i] > 0.0f ? 127.0f / most[i] : 0.0f;
+        }
+        for (int64_t k = 0; k < num_in; k++) {
+            for (int i = 0; i < COLUMNS; i++) {
+                const float w = widened(packed[(k / 2 * COLUMNS + i) * 2 + k % 2]);
+                /* Adding and taking away 1.5 * 2^23 rounds to a whole number. */
+                const float whole = (w * factor[i] + 12582912.0f) - 12582912.0f;
+                const float error = w - whole * s->scales[panel * COLUMNS + i];
+                numbers[(k / STEP * COLUMNS + i) * STEP + k % STEP] = (int8_t)whole;
+                sums[i] += (int32_t)whole;
+                errors[i] += error * error;
+            }
+        }
+        for (int i = 0; i < COLUMNS; i++) {
+            s->sums[panel * COLUMNS + i] = sums[i];
+            s->errors[panel * COLUMNS + i] = sqrtf(errors[i]) * 1.001f + slack * sqrtf(squares[i]) * 1.001f;
+        }
+    }
+}
+#endif
+
+/* Whether this processor can do it. */
+int32_t vattention_can_screen(void) {
+#ifdef HAVE_SCREEN
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#else
+    return 0;
+#endif
+}
+
+/* Fills in the copy of a bfloat16 weight. Returns 0, or -1 where a number of the weight is not finite. */
+int32_t vattention_screen_pack(const vattention_screen *screen, const vattention_weight *weight, int32_t num_threads,
+                               parallel_fn parallel) {
+#ifdef HAVE_SCREEN
+    pack_job j = {.weight = weight, .screen = screen};
+    parallel(pack, &j, (unsigned)num_threads, 0);
+    return j.bad ? -1 : 0;
+#else
+    (void)screen, (void)weight, (void)num_threads, (void)parallel;
+    return -1;
+#endif
+}
+
+/* The same as `vattention_largest` of the weight that the screen was made from, without a bias. */
+int32_t vattention_screened_largest(const vattention_screen *screen, const vattention_weight *weight, const void *x,
+                                    int64_t x_stride, int64_t num_rows, int64_t *columns, float *values,
+                                    int32_t num_threads, parallel_fn parallel) {
+    const int32_t *candidates = NULL;
+    int64_t num_candidates = 0;
+    (void)screen;
+#ifdef HAVE_SCREEN
+    const int64_t width = screen->num_steps * STEP, num_panels = (screen->num_out + COLUMNS - 1) / COLUMNS;
+    /* Matrix tiles read whole tiles of rows. */
+    const int64_t padded_rows = (2 * num_rows + 31) / 32 * 32;
+    const size_t floats = (size_t)(num_rows * (2 + num_panels + num_threads));
+    char *memory = aligned_alloc(64, ((size_t)(padded_rows * width) + (floats + (size_t)num_panels) * 4 + 63) / 64 * 64);
+    if (memory == NULL) {
+        return -1;
+    }
+    int8_t *rows = (int8_t *)memory;
+    float *factors = (float *)(memory + padded_rows * width), *norms = factors + num_rows, *lower = norms + num_rows;
+    float *upper = lower + num_threads * num_rows;
+    int32_t *found = (int32_t *)(upper + num_rows * num_panels);
+    job j = {.screen = screen, .rows = rows, .factors = factors, .norms = norms, .num_rows = num_rows};
+    j.num_panels = num_panels;
+    j.panels_each = num_panels / (16 * num_threads) + 1;
+    j.upper = upper;
+    j.lower = lower;
+    int good = 1;
+    for (int64_t m = 0; m < num_rows && good; m++) {
+        good = split((const uint16_t *)x + m * x_stride, weight->num_in, width, rows + 2 * m * width, &factors[m], &norms[m]);
+    }
+    if (good) {
+        memset(rows + 2 * num_rows * width, 0, (size_t)((padded_rows - 2 * num_rows) * width));
+        for (int64_t i = 0; i < num_threads * num_rows; i++) {
+            lower[i] = -INFINITY;
+        }
+        if (num_threads == 1) {
+            work(&j);
+        } else {
+            parallel(work, &j, (unsigned)num_threads, 0);
+        }
+        for (int64_t m = 0; m < num_rows; m++) {
+            for (int64_t i = 1; i < num_threads; i++) {
+                lower[m] = lower[i * num_rows + m] > lower[m] ? lower[i * num_rows + m] : lower[m];
+            }
+        }
+        for (int64_t panel = 0; panel < num_panels; panel++) {
+            int reaches = 0;
+            for (int64_t m = 0; m < num_rows; m++) {
+                reaches |= upper[m * num_panels + panel] >= lower[m];
+            }
+            found[num_candidates] = (int32_t)panel;
+            num_candidates += reaches;
+        }
+        candidates = num_candidates < num_panels / WORTHWHILE ? found : NULL;
+    }
+#endif
+    const int32_t status = vattention_largest(weight, candidates, num_candidates, x, x_stride, num_rows, columns, values,
+                                              num_threads, parallel);
+#ifdef HAVE_SCREEN
+    free(memory);
+#endif
+    return status;
+}
