@@ -23,6 +23,9 @@ from vattention.native import Largest, LinearWeight, ScreenCopy, kernels
 _COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
+_RESTS = 8
+"""Steps without a screen after one that was of no use."""
+
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE_PAGE_NBYTES = 2 << 20
 
@@ -197,8 +200,13 @@ class NativeLinear:
         """Each row's first largest output, NaN counting as largest: its index and its value before rounding."""
         if x.shape[0] == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
-        screen = None if self._screen is None else self._screen.copy
-        return self._kernels.largest(self._native, x if x.stride(1) == 1 else x.contiguous(), screen)
+        x = x if x.stride(1) == 1 else x.contiguous()
+        if self._screen is None or self._screen.rests():
+            return self._kernels.largest(self._native, x)
+        largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x)
+        if not useful:
+            self._screen.rest()
+        return largest
 
     def screen(self) -> bool:
         """Keep a copy of the weight in 8 bits, so that `largest` reads half as much memory, with the same results.
@@ -217,7 +225,11 @@ class NativeLinear:
 
 
 class _Screen:
-    """Memory of a weight's copy as screen.c describes it, not filled in."""
+    """Memory of a weight's copy as screen.c describes it, not filled in.
+
+    Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. Its next
+    tokens are likely to be no better, so it rests a while.
+    """
 
     def __init__(self, num_out: int, num_in: int) -> None:
         num_panels, num_steps = math.ceil(num_out / _COLUMNS), math.ceil(num_in / 64) * 16
@@ -226,6 +238,15 @@ class _Screen:
         self._sums = torch.empty(num_panels * _COLUMNS, dtype=torch.int32)
         tensors = (self._numbers, self._scales, self._errors, self._sums)
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
+        self._num_rests = 0
+
+    def rests(self) -> bool:
+        """Whether to do without it this time."""
+        self._num_rests = max(0, self._num_rests - 1)
+        return self._num_rests > 0
+
+    def rest(self) -> None:
+        self._num_rests = _RESTS
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -257,25 +259,35 @@ class Kernels:
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
 
-    def largest(self, weight: LinearWeight, x: Tensor, screen: ScreenCopy | None = None) -> Largest:
+    def largest(self, weight: LinearWeight, x: Tensor) -> Largest:
         """Each row's first largest number of x[rows, in] W^T + b, NaN counting as largest: its column and itself.
 
-        Args:
-            x: one row or more, each contiguous.
-            screen: made from this weight; only where there is no bias.
+        x has one row or more, each contiguous.
         """
+        largest, _ = self._find_largest(self._largest, (ctypes.addressof(weight), None, 0), x)
+        return largest
+
+    def screened_largest(self, weight: LinearWeight, screen: ScreenCopy, x: Tensor) -> tuple[Largest, bool]:
+        """The same by way of the weight's screen, without a bias; and whether the screen spared any work."""
+        addresses = ctypes.addressof(screen), ctypes.addressof(weight)
+        largest, status = self._find_largest(self._screened_largest, addresses, x)
+        return largest, status == 0
+
+    def _find_largest(self, call: Callable[..., int], first: tuple[Any, ...], x: Tensor) -> tuple[Largest, int]:
         columns, values = np.empty(x.shape[0], np.int64), np.empty(x.shape[0], np.float32)
-        rest = (
-            *(x.data_ptr(), x.stride(0), x.shape[0], columns.ctypes.data, values.ctypes.data),
-            *(torch.get_num_threads(), self._parallel),
+        status = call(
+            *first,
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            columns.ctypes.data,
+            values.ctypes.data,
+            torch.get_num_threads(),
+            self._parallel,
         )
-        if screen is None:
-            status = self._largest(ctypes.addressof(weight), None, 0, *rest)
-        else:
-            status = self._screened_largest(ctypes.addressof(screen), ctypes.addressof(weight), *rest)
-        if status != 0:
+        if status < 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
-        return columns, values
+        return (columns, values), status
 
     def screen(self, screen: ScreenCopy, weight: LinearWeight) -> bool:
         """Fills in the copy of a bfloat16 weight; whether all its numbers are finite, and the copy can be used."""

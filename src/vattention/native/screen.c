@@ -291,7 +291,8 @@ int32_t vattention_screen_pack(const vattention_screen *screen, const vattention
 #endif
 }
 
-/* The same as `vattention_largest` of the weight that the screen was made from, without a bias. */
+/* The same as `vattention_largest` of the weight that the screen was made from, without a bias. Returns 1 where so many
+ * candidates were left that everything was computed. */
 int32_t vattention_screened_largest(const vattention_screen *screen, const vattention_weight *weight, const void *x,
                                     int64_t x_stride, int64_t num_rows, int64_t *columns, float *values,
                                     int32_t num_threads, parallel_fn parallel) {
@@ -351,5 +352,5 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
 #ifdef HAVE_SCREEN
     free(memory);
 #endif
-    return status;
+    return status == 0 && candidates == NULL ? 1 : status;
 }
