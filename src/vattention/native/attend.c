@@ -29,6 +29,9 @@
 enum { STRIP = 128 };
 /* Numbers of a head are padded with zeros to a multiple of this, two of the widest vectors. */
 enum { PAD = 32 };
+#ifndef KEYS_AHEAD
+#define KEYS_AHEAD 8
+#endif
 /* Query rows that go over the keys together. */
 enum { TOGETHER = 4 };
 /* Numbers of the cache below which waking the other threads takes longer than they save. */

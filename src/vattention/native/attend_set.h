@@ -179,6 +179,7 @@ TARGET INLINE void NAME(scores)(const strip_args *args, int64_t kv_head, const f
                                 float *scores, const int heads, const int32_t dtype) {
     const int num_keys = LANES / heads;
     const int64_t dim = args->heads->key_dim;
+    const int64_t keys_nbytes = dim * (dtype == FLOAT32 ? 4 : 2);
     const int64_t values_nbytes = args->heads->value_dim * (dtype == FLOAT32 ? 4 : 2);
     for (int64_t j = args->low; j < args->high; j += num_keys) {
         const char *keys[LANES];
@@ -190,6 +191,12 @@ TARGET INLINE void NAME(scores)(const strip_args *args, int64_t kv_head, const f
             const char *value = args->values[at] + kv_head * args->value_head_nbytes;
             for (int64_t line = 0; line < values_nbytes; line += 64) {
                 __builtin_prefetch(value + line, 0, 2);
+            }
+            if (at + KEYS_AHEAD < args->high) {
+                const char *key = args->keys[at + KEYS_AHEAD] + kv_head * args->key_head_nbytes;
+                for (int64_t line = 0; line < keys_nbytes; line += 64) {
+                    __builtin_prefetch(key + line, 0, 3);
+                }
             }
         }
 #pragma GCC unroll 16
