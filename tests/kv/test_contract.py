@@ -127,6 +127,22 @@ def test_shortage_changes_nothing(cache: KVManager) -> None:
     check_accounts(cache)
 
 
+@pytest.mark.parametrize("name", [name for name in MANAGERS if not name.startswith("reserved")])
+def test_room_is_told_to_the_page(name: str, opened: Open) -> None:
+    cache = opened(name)
+    length = 29  # where a block begins, and the window holds most
+    for token_ids in ([1], [2]):
+        limit = cache.accounts().live_nbytes
+        cache.set_limit(limit)
+        while not cache.has_room(length, token_ids):
+            limit += PAGE
+            cache.set_limit(limit)
+        slot = cache.take(token_ids).slot
+        for start in range(length):
+            cache.ensure(slot, start, start + 1)
+        assert cache.accounts().live_nbytes == limit
+
+
 def test_room_is_needed_for_what_is_not_shared() -> None:
     """By every manager with a prefix cache, and by no other."""
     tokens, other = list(range(32)), list(range(50, 82))
@@ -199,6 +215,8 @@ def test_tokens_can_be_forgotten_and_written_again(name: str, opened: Open) -> N
     cache.computed(slot, 9)
     for length in (8, 3, 1):
         cache.trim(slot, length)
+        with pytest.raises(ValueError, match=f"{length} tokens"):
+            cache.fork(slot, length + 1)
         tokens = [*tokens[:length], *range(100 + length, 111)]
         grow(cache, slot, tokens, length)
         check(cache, slot, meaning(tokens))

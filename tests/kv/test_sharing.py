@@ -241,6 +241,20 @@ def test_worthless_memory_goes_before_cached_and_that_by_last_use(cache: Virtual
     holds(cache, placement.slot, prompts[1][: placement.num_cached_tokens])
 
 
+def test_a_cached_prefix_loses_an_eighth_or_what_is_lacking() -> None:
+    cache = sharing_manager(NullDriver(PAGE), specs=FULL)
+    tokens = list(range(80))
+    slot = cache.take(tokens).slot
+    cache.ensure(slot, 0, 80)
+    cache.release(slot, tokens)
+    mapped = cache.accounts().mapped_nbytes
+    cache.set_limit(mapped - PAGE)
+    assert len(cache._table.slots[slot].tokens) == 70
+    cache.set_limit(mapped // 2)
+    assert 35 <= len(cache._table.slots[slot].tokens) <= 40
+    cache.close()
+
+
 def test_without_room_beside_a_parked_slot_a_request_takes_its_place(cache: VirtualManager) -> None:
     slot = finished(cache, PROMPT)
     cache.set_limit(cache.accounts().mapped_nbytes)
