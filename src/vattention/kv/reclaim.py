@@ -70,9 +70,10 @@ class Reclaimer:
         except DriverError:
             logger.exception("memory could not be given back; it stays mapped and accounted for")
 
-    def everything(self) -> int:
-        """Take back all that running sequences can do without."""
-        return self.reclaim(self._everything)
+    def everything(self) -> None:
+        """Take back all that running sequences can do without, and give it to the system."""
+        self.reclaim(self._everything)
+        self.attempt(self._backing.pool.release_idle)
 
     def evict(self, slot: Slot) -> None:
         """Take all a free slot has; its tokens are forgotten even where the driver refuses."""

@@ -8,7 +8,6 @@ pages of one can stand behind another.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -27,8 +26,6 @@ from vattention.kv.slots import Slot, SlotTable
 from vattention.memory.driver import Driver
 from vattention.memory.pool import PagePool
 from vattention.memory.tensor import strided
-
-logger = logging.getLogger(__name__)
 
 
 class VirtualManager:
@@ -178,10 +175,6 @@ class VirtualManager:
     def drop_warm(self) -> None:
         with self._lock:
             self._reclaimer.everything()
-            try:
-                self._pool.release_idle()
-            except DriverError:
-                logger.exception("idle memory could not be given back; it stays accounted for")
 
     def set_limit(self, nbytes: int) -> None:
         with self._lock:
@@ -202,9 +195,7 @@ class VirtualManager:
                 return False
             live, size = self._table.live(), self._layout.page_nbytes
             needed = self._census.needs(live).num_pages * size + self._layout.sequence_nbytes(num_tokens)
-            if needed <= self._pool.limit_nbytes or not live:
-                return needed <= self._pool.limit_nbytes
-            hit = self._cache.find(token_ids, salt)
+            hit = self._cache.find(token_ids, salt) if live and needed > self._pool.limit_nbytes else None
             if hit is not None:
                 needed -= self._census.num_common(live, hit.source, hit.num_tokens, num_tokens) * size
             return needed <= self._pool.limit_nbytes
