@@ -227,8 +227,8 @@ class NativeLinear:
 class _Screen:
     """Memory of a weight's copy as screen.c describes it, not filled in.
 
-    Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. Its next
-    tokens are likely to be no better, so it rests a while.
+    Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. The
+    next tokens are likely to be no better, so it rests a while.
     """
 
     def __init__(self, num_out: int, num_in: int) -> None:
