@@ -16,6 +16,9 @@ def test_blocks_show_each_row_just_what_it_sees(window: int | None, start: int, 
     for block in blocks(3, 11, start, window, max_scores):
         mask = block.visible(CPU)
         assert mask.shape == (block.num_rows, block.num_keys)
+        added = block.mask(CPU, torch.float32)
+        assert added.eq(0).equal(mask)
+        assert added.isneginf().equal(~mask)
         if block.sees_all:
             assert mask.all()
         if block.is_causal_square:
@@ -37,7 +40,7 @@ def test_scores_of_a_block_stay_near_the_bound() -> None:
 
 def test_a_window_bounds_the_work_of_a_long_chunk() -> None:
     total = sum(block.num_rows * block.num_keys for block in blocks(0, 2048, 0, 64, 1 << 22))
-    assert total <= 2048 * 2 * 64
+    assert total <= 2048 * 1.5 * 64
 
 
 def test_a_chunk_that_fits_is_one_block() -> None:

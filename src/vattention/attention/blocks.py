@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -50,10 +51,30 @@ class Block:
 
     def visible(self, device: torch.device) -> torch.Tensor:
         """[num_rows, num_keys] bool: which keys each row sees, aligned at the lower right corner."""
-        rows = torch.arange(self.position, self.end_key, device=device).unsqueeze(1)
-        keys = torch.arange(self.first_key, self.end_key, device=device).unsqueeze(0)
-        seen = keys <= rows
-        return seen if self.window is None else seen & (keys > rows - self.window)
+        return _visible(self.num_rows, self.num_keys, self.window, device)
+
+    def mask(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The same to be added to scores: 0 or -inf."""
+        # Under a window the blocks of a long chunk are alike, in all layers.
+        masks = _mask if self.window is None else _window_mask
+        return masks(self.num_rows, self.num_keys, self.window, device, dtype)
+
+
+def _visible(num_rows: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    rows = torch.arange(num_keys - num_rows, num_keys, device=device).unsqueeze(1)
+    keys = torch.arange(num_keys, device=device).unsqueeze(0)
+    seen = keys <= rows
+    return seen if window is None else seen & (keys > rows - window)
+
+
+def _mask(
+    num_rows: int, num_keys: int, window: int | None, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    seen = _visible(num_rows, num_keys, window, device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
+
+
+_window_mask = lru_cache(maxsize=4)(_mask)
 
 
 def blocks(first_row: int, num_rows: int, start: int, window: int | None, max_scores: int) -> Iterator[Block]:
@@ -64,8 +85,9 @@ def blocks(first_row: int, num_rows: int, start: int, window: int | None, max_sc
     end = start + num_rows
     most_keys = end if window is None else min(end, 2 * window)
     step = max(1, max_scores // most_keys)
-    if window is not None:
-        step = min(step, window)
+    if window is not None and end > window:
+        # Half of a window masks fewer scores than a whole one, and is still a large product.
+        step = min(step, max(1, window // 2))
     for position in range(start, end, step):
         first_key = 0 if window is None else max(0, position - window + 1)
         yield Block(first_row + position - start, min(step, end - position), position, first_key, window)

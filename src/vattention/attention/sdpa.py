@@ -76,7 +76,7 @@ def _prefill(
         rows[block.first_row : block.first_row + block.num_rows].permute(1, 2, 0, 3),
         keys[:, span].unsqueeze(1).expand(-1, num_groups, -1, -1),
         values[:, span].unsqueeze(1).expand(-1, num_groups, -1, -1),
-        attn_mask=None if is_causal or block.sees_all else block.visible(rows.device),
+        attn_mask=None if is_causal or block.sees_all else block.mask(rows.device, rows.dtype),
         is_causal=is_causal,
         scale=scale,
     )
