@@ -19,7 +19,9 @@ class Environment:
     Attributes:
         distribution: what the installed size is counted from, with all that it depends on.
         requirements: for pip.
+        counted: what else its size is counted from.
         left_out: dependencies of `distribution` that are not installed.
+        uninstalled: what pip brings along and is taken out again.
         build: environment variables for pip.
         debs: Debian packages whose libraries are unpacked into the environment.
         preload: file names of libraries below the environment to be loaded first.
@@ -29,7 +31,9 @@ class Environment:
     name: str
     distribution: str
     requirements: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    uninstalled: tuple[str, ...] = ()
     build: Mapping[str, str] = field(default_factory=dict)
     debs: tuple[str, ...] = ()
     preload: tuple[str, ...] = ()
@@ -57,7 +61,7 @@ class Environment:
 
 VATTENTION = Environment("vattention", "vattention")
 
-TRANSFORMERS = Environment("transformers", "transformers")
+TRANSFORMERS = Environment("transformers", "transformers", counted=("torch",))
 
 VLLM = Environment(
     "vllm",
@@ -92,6 +96,8 @@ OPENVINO = Environment(
     "openvino",
     "openvino-genai",
     requirements=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0"),
+    # As for vLLM: a build for CUDA, which does not load beside torch for processors.
+    uninstalled=("torchvision",),
 )
 
 ENVIRONMENTS = {one.name: one for one in (VATTENTION, TRANSFORMERS, VLLM, LLAMACPP, OPENVINO)}

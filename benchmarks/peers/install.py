@@ -38,6 +38,9 @@ def install(environment: Environment) -> None:
         _pip(environment, wanted(named, environment.left_out))
     else:
         _pip(environment, environment.requirements)
+    if environment.uninstalled:
+        command = [environment.python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.uninstalled]
+        subprocess.run(command, check=True)
     for name in environment.debs:
         _unpack_deb(name, environment.folder)
 

@@ -7,26 +7,31 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 
 
-def installed_nbytes(name: str) -> int:
-    """Bytes of the files of a distribution and, over and over, of what it requires without extras.
+def installed_nbytes(*names: str) -> int:
+    """Bytes of the files of distributions and, over and over, of what they require without extras.
 
-    The first one's are those of its package's folder, which may hold what a build put there.
+    Those named count with their package's folder, which may hold what a build put there.
     """
-    found = _closure(name)
-    root = found.pop(name)
-    return _folder_nbytes(root) + sum(_nbytes(one) for one in found.values())
+    found = _closure(names)
+    roots = [found.pop(key) for key in {_key(name) for name in names} & found.keys()]
+    return sum(map(_folder_nbytes, roots)) + sum(map(_nbytes, found.values()))
 
 
-def _closure(name: str) -> dict[str, Distribution]:
+def _key(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _closure(names: Sequence[str]) -> dict[str, Distribution]:
     found: dict[str, Distribution] = {}
-    waiting = [name]
+    waiting = list(names)
     while waiting:
-        key = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        key = _key(waiting.pop())
         if key in found:
             continue
         try:
@@ -55,4 +60,4 @@ def _folder_nbytes(one: Distribution) -> int:
 
 
 if __name__ == "__main__":
-    print(installed_nbytes(sys.argv[1]))
+    print(installed_nbytes(*sys.argv[1:]))

@@ -123,7 +123,8 @@ class Results:
 
     def add_installed(self, environment: Environment) -> None:
         """Count the installed size, if that was not done before; an environment that is not there has none."""
-        command = [str(environment.python), "-m", "benchmarks.peers.installed", environment.distribution]
+        command = [str(environment.python), "-m", "benchmarks.peers.installed"]
+        command += [environment.distribution, *environment.counted]
         if environment.name not in self.installed_bytes and environment.python.exists():
             counted = subprocess.run(
                 command, cwd=ROOT, env=environment.run_variables(), capture_output=True, text=True, check=True
