@@ -39,7 +39,7 @@ def install(environment: Environment) -> None:
     else:
         _pip(environment, environment.requirements)
     if environment.uninstalled:
-        command = [environment.python, "-m", "pip", "uninstall", "--quiet", "--yes", *environment.uninstalled]
+        command = [str(environment.python), "-m", "pip", "uninstall", "--quiet", "--yes", *environment.uninstalled]
         subprocess.run(command, check=True)
     for name in environment.debs:
         _unpack_deb(name, environment.folder)

@@ -44,10 +44,10 @@ class Ours:
 
 
 def build(arguments: argparse.Namespace, _load: Load) -> Ours:
-    settings: dict[str, Any] = {"kv_layout": arguments.kv_layout}
-    if arguments.prefix_caching:
-        settings["enable_prefix_caching"] = True
-    return Ours(arguments.model, settings)
+    return Ours(
+        arguments.model,
+        {"kv_layout": arguments.kv_layout, "enable_prefix_caching": arguments.prefix_caching},
+    )
 
 
 if __name__ == "__main__":
