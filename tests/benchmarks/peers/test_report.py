@@ -47,7 +47,7 @@ def test_the_table_has_every_row_and_says_why_one_failed() -> None:
     head = "| w1 | output_tokens_per_s |"
     assert f"{head} vattention | bf16 / bf16 | 40 (30 to 90) |  | 1 | 500 | 1 |  |" in table
     assert f"{head} vLLM | bf16 / bf16 | 20 (20 to 20) | 2.00 | 1 | 500 | 1 | 1 of 2 |" in table
-    assert f"{head} OpenVINO | bf16 / bf16 | failed |" in table
+    assert f"{head} OpenVINO | fp16 / bf16 | failed |" in table
     assert "- w1, OpenVINO: RuntimeError: no such model" in table
     assert "| vLLM | 3 (3 to 3) | 2 | engine 1.2 |" in table
     assert f"{head} vLLM, prefix cache" not in table
