@@ -6,7 +6,7 @@ Blocks lie in random order. A ratio is one turn's time over that of `native` in 
 the machine hits both alike; what is shown is the median and the quartiles of these. With one thread it is processor
 time, in which other processes do not count.
 
-    python -m benchmarks.attention --json attention.json --markdown attention.md
+    python -m benchmarks.attention --json attention.json --markdown attention.md    # two to three minutes
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--blocks", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=5.0, help="per case, at least")
+    parser.add_argument("--seconds", type=float, default=4.0, help="per case, at least")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args(arguments)
