@@ -18,7 +18,7 @@ from vattention.kv.swap import SwapSpace
 from vattention.kv.virtual import VirtualManager
 from vattention.memory import open_driver
 from vattention.memory.driver import Driver
-from vattention.model.head import GivenLogits, Predictions
+from vattention.model.predictions import GivenLogits, Predictions
 
 VOCAB = 50
 END = 1

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.model.architectures import ARCHITECTURES
-from vattention.model.head import GivenLogits, HiddenStates, Predictions, Scratch, plain_output_layer
+from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.model.predictions import GivenLogits, Predictions
 
 needs_kernels = pytest.mark.skipif(
     not NativeLinear.available(torch.bfloat16), reason="no compiled kernels on this machine"

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vattention.errors import RequestError
 from vattention.model import draw as drawing
 from vattention.model.draw import uniform
-from vattention.model.head import GivenLogits
+from vattention.model.predictions import GivenLogits
 from vattention.model.sampler import SampledToken, SampleRow, prompt_logprobs, sample, validate
 from vattention.sampling_params import SamplingParams
 

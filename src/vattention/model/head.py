@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,42 +24,6 @@ _KEPT_NUMBERS = 1 << 24
 
 _SCREENED_NBYTES = 32 << 20
 """Output layers from this size on, beyond most caches, are worth a copy in 8 bits that finds greedy tokens."""
-
-
-class Predictions(Protocol):
-    """What a forward pass foretells: the rows of logits that its chunks asked for, computed as they are needed."""
-
-    def __len__(self) -> int: ...
-
-    def logits(self, rows: Sequence[int]) -> Tensor:
-        """[len(rows), V] float32, to be read until the next call of this model's predictions."""
-        ...
-
-    def likeliest(self, rows: Sequence[int]) -> Largest:
-        """The first largest logit of each row, NaN counting as largest: its index and its value."""
-        ...
-
-
-class GivenLogits:
-    """Predictions from logits that are all there: [R, V] float32."""
-
-    def __init__(self, logits: Tensor) -> None:
-        self._logits = logits
-
-    def __len__(self) -> int:
-        return len(self._logits)
-
-    def logits(self, rows: Sequence[int]) -> Tensor:
-        return self._logits if list(rows) == list(range(len(self))) else self._logits[list(rows)]
-
-    def likeliest(self, rows: Sequence[int]) -> Largest:
-        logits = self.logits(rows)
-        if logits.is_cuda:
-            largest, token_ids = logits.max(dim=-1)
-            return token_ids.cpu().numpy(), largest.cpu().numpy()
-        array: NDArray[np.float32] = logits.detach().numpy()
-        ids = array.argmax(axis=-1)  # several times faster than torch's on a CPU
-        return ids, array[np.arange(len(ids)), ids]
 
 
 class HiddenStates:

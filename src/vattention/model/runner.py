@@ -16,8 +16,9 @@ from vattention.core import Chunk
 from vattention.errors import UnsupportedModelError
 from vattention.kv.manager import KVManager
 from vattention.model.batch_attention import BatchAttention, Place
-from vattention.model.head import GivenLogits, HiddenStates, Predictions, Scratch, plain_output_layer
+from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
+from vattention.model.predictions import GivenLogits, Predictions
 from vattention.model.probe import ModelAttention
 
 

@@ -15,9 +15,9 @@ import torch
 
 from vattention.errors import RequestError, VAttentionError
 from vattention.model.draw import Row, draw, uniform
-from vattention.model.head import GivenLogits, Predictions
 from vattention.model.logits import adjust, needs_adjustment
 from vattention.model.logprobs import token_logprobs
+from vattention.model.predictions import GivenLogits, Predictions
 from vattention.outputs import TokenLogprobs
 from vattention.sampling_params import SamplingParams
 
