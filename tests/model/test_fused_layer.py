@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM, GraniteConfig, PreTrainedModel
 
 from tests.model.architectures import ARCHITECTURES
 from tests.model.greedy import generate, greedy
+from vattention.attention.compiled import NativeKernel
 from vattention.attention.kernel import RaggedBatch
 from vattention.config import EngineConfig
-from vattention.core import Chunk
+from vattention.core import AttentionSpec, Chunk
 from vattention.kv.build import create_manager
-from vattention.kv.manager import KVManager
+from vattention.kv.manager import KVManager, LayerView
 from vattention.model import optimize as optimizing
 from vattention.model import runner as running
-from vattention.model.batch_attention import BatchAttention
+from vattention.model.batch_attention import BatchAttention, Place
 from vattention.model.fused_layer import FusedLayer, fuse_layers
 from vattention.model.linear import NativeLinear
 from vattention.model.optimize import optimize
@@ -58,8 +59,8 @@ def test_tokens_equal_those_of_generate(name: str, kv: str, monkeypatch: pytest.
     claims: list[bool] = []
 
     class Watched(BatchAttention):
-        def claim(self, module: nn.Module) -> tuple[AttentionCache, RaggedBatch] | None:
-            claimed = super().claim(module)
+        def claim(self, module: nn.Module, dtype: torch.dtype) -> tuple[AttentionCache, RaggedBatch] | None:
+            claimed = super().claim(module, dtype)
             claims.append(claimed is not None)
             return claimed
 
@@ -96,22 +97,41 @@ def test_a_step_gives_the_same_with_and_without(dtype: torch.dtype) -> None:
     assert torch.equal(*results)
 
 
-def test_a_layer_that_adds_up_otherwise_stays() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deviation", [0.02, 0.3])
+def test_a_layer_that_adds_up_otherwise_stays(dtype: torch.dtype, deviation: float) -> None:
     """Granite's modules are Llama's, but it scales what it adds to the residual stream."""
     config = GraniteConfig(
         vocab_size=50,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=4,
         num_attention_heads=4,
         residual_multiplier=0.5,
+        initializer_range=deviation,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval().to(dtype)
     assert fused(model) == 0
     assert all(not isinstance(layer.forward, FusedLayer) for layer in model.model.layers)
     config.residual_multiplier = 1.0
-    assert fused(AutoModelForCausalLM.from_config(config).eval()) == 2
+    assert fused(AutoModelForCausalLM.from_config(config).eval().to(dtype)) == 4
+
+
+def test_only_a_decode_over_a_cache_of_the_same_type_can_be_claimed() -> None:
+    module, spec = nn.Identity(), AttentionSpec(2, 1, 8, 8, 1.0)
+    view = LayerView(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8))
+    attention = BatchAttention({module: Place(0, spec, view, True, NativeKernel())})
+    assert attention.claim(module, torch.float32) is None
+    for chunks, dtype, expected in (
+        ([Chunk(0, 0, [5], 1), Chunk(1, 2, [6], 1)], torch.float32, True),
+        ([Chunk(0, 0, [5], 1), Chunk(1, 2, [6], 1)], torch.bfloat16, False),
+        ([Chunk(0, 0, [5, 6], 1)], torch.float32, False),
+        ([Chunk(0, 0, [], 0), Chunk(1, 0, [5, 6], 1)], torch.float32, False),
+    ):
+        attention.begin(RaggedBatch.of(chunks))
+        assert (attention.claim(module, dtype) is not None) == expected
+        assert attention.num_attended == expected
 
 
 def test_models_with_other_layers_stay() -> None:

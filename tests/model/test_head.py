@@ -66,6 +66,8 @@ def test_some_rows_alone() -> None:
     assert len(predictions) == 6
     torch.testing.assert_close(predictions.logits([4, 1]), expected[[4, 1]])
     assert predictions.likeliest([5, 0])[0].tolist() == expected[[5, 0]].argmax(-1).tolist()
+    assert predictions.likeliest([2] * 6)[0].tolist() == [int(expected[2].argmax())] * 6
+    assert predictions.likeliest([0, 2, 1, 3, 4, 5])[0].tolist() == expected[[0, 2, 1, 3, 4, 5]].argmax(-1).tolist()
     assert predictions.logits([]).shape == (0, 32)
     assert len(predictions.likeliest([])[0]) == 0
 

@@ -66,6 +66,16 @@ def test_agrees_with_float64(method: type[LinearMethod], dtype: torch.dtype, row
                 assert float((y.double() - exact).abs().max()) <= bound, (num_out, num_in, given is None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "num_in"), [(97, 6912), (421, 3072), (1009, 2560), (3841, 1152)])
+def test_blocks_of_rows_that_do_not_come_out_even(rows: int, num_in: int, dtype: torch.dtype) -> None:
+    if not NativeLinear.available(dtype):
+        pytest.skip("no compiled kernels here")
+    weight, x = torch.randn(33, num_in).to(dtype), torch.randn(rows, num_in).to(dtype)
+    error = (NativeLinear.pack(weight, None)(x).double() - x.double() @ weight.double().T).abs().max()
+    assert float(error) <= tolerance(x, weight)
+
+
 @pytest.mark.parametrize(("method", "dtype"), CASES)
 def test_gives_the_weight_back(method: type[LinearMethod], dtype: torch.dtype) -> None:
     for num_out, num_in in SHAPES:
@@ -153,6 +163,10 @@ def some_weights() -> Iterator[tuple[Tensor, Tensor]]:
     yield outliers, torch.randn(21, 128) * torch.logspace(-3, 3, 128)
     close = torch.randn(1, 96).expand(3000, -1) + torch.randn(3000, 96) * 1e-3
     yield close, torch.randn(40, 96)
+    tiny = torch.zeros(32 * 40, 64)
+    tiny[:, 3] = torch.logspace(-45, -10, len(tiny))
+    tiny[17] = torch.randn(64)
+    yield tiny, torch.cat([tiny[17:18], -tiny[17:18], torch.randn(2, 64) * 1e-20, torch.randn(1, 64) * 1e30])
     few = torch.zeros(2000, 64)
     few[[5, 1700, 1999], 3] = 1.0
     yield few, torch.cat([torch.eye(64)[:9], -torch.eye(64)[:9], torch.zeros(1, 64)])
@@ -260,6 +274,7 @@ def test_lesser_processors_give_the_same(
     for dtype in DTYPES:
         for rows in (1, 7, 30, 130):
             test_agrees_with_float64(NativeLinear, dtype, rows)
+        test_blocks_of_rows_that_do_not_come_out_even(421, 3072, dtype)
         x = torch.randn(9, 100).to(dtype)
         kernels = native.kernels()
         assert kernels is not None

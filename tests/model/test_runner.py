@@ -10,7 +10,7 @@ from tests.model.architectures import ARCHITECTURES, MAX_LEN, VOCAB_SIZE
 from vattention.core import Chunk
 from vattention.errors import ConfigError, UnsupportedModelError
 from vattention.model.hook import implementation
-from vattention.model.probe import probe
+from vattention.model.probe import ModelAttention, probe
 from vattention.model.runner import ModelRunner
 
 A, B = list(range(3, 23)), list(range(40, 53))
@@ -112,3 +112,16 @@ def test_the_model_cannot_run_past_the_runner() -> None:
     with pytest.raises(UnsupportedModelError, match="out of turn"):
         rig.model(torch.tensor([A]), use_cache=False)
     rig.runner.close()
+
+
+def test_several_runners_of_one_model_do_not_meet() -> None:
+    first = Rig("llama")
+    second = ModelRunner(first.model, probe_again(first), first.kv, "auto")
+    assert second.forward([Chunk(0, 0, A, 1)]).shape == (1, VOCAB_SIZE)
+    second.close()
+    first.runner.close()
+
+
+def probe_again(rig: Rig) -> ModelAttention:
+    with rig.runner.suspended():
+        return probe(rig.model)

@@ -12,6 +12,9 @@ from functools import lru_cache
 
 import torch
 
+_KEPT_NUMBERS = 1 << 20
+"""Largest mask that is kept for the next layer: that of a window of some thousand tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -56,7 +59,8 @@ class Block:
     def mask(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """The same to be added to scores: 0 or -inf."""
         # Under a window the blocks of a long chunk are alike, in all layers.
-        masks = _mask if self.window is None else _window_mask
+        is_kept = self.window is not None and self.num_rows * self.num_keys <= _KEPT_NUMBERS
+        masks = _kept_mask if is_kept else _mask
         return masks(self.num_rows, self.num_keys, self.window, device, dtype)
 
 
@@ -74,7 +78,7 @@ def _mask(
     return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
-_window_mask = lru_cache(maxsize=4)(_mask)
+_kept_mask = lru_cache(maxsize=4)(_mask)
 
 
 def blocks(first_row: int, num_rows: int, start: int, window: int | None, max_scores: int) -> Iterator[Block]:

@@ -69,7 +69,7 @@ class RaggedBatch:
     @property
     def is_decode(self) -> bool:
         """Whether every sequence brings one token."""
-        return len(self.spans) == len(self.slots)
+        return all(num_rows == 1 for _, _, num_rows, _ in self.spans)
 
     def parts(self, most_rows: int) -> Parts:
         """The batch in two, `most_rows` being few: the same object for all layers of a forward pass."""

@@ -61,13 +61,16 @@ class BatchAttention:
         """Layers that have asked."""
         return self._num_attended
 
-    def claim(self, module: nn.Module) -> tuple[AttentionCache, RaggedBatch] | None:
+    def claim(self, module: nn.Module, dtype: torch.dtype) -> tuple[AttentionCache, RaggedBatch] | None:
         """The layer's turn, for a caller that stores keys and values and attends itself, with the compiled kernel.
 
-        None where it cannot: tokens of one sequence are more than one, or the layer's kernel is another.
+        None where it cannot: a sequence brings more than one token, the layer's kernel is another, or its cache is
+        not of the caller's type.
         """
         cache = self._caches.get(module)
         if cache is None or self._batch is None or not self._batch.is_decode:
+            return None
+        if self.places[module].view.keys.dtype != dtype:
             return None
         self._turn(module)
         return cache, self._batch

@@ -87,7 +87,7 @@ class Parts(NamedTuple):
         ):
             return None
         linears = (fused.method, out.method, mlp.gate_up.method, mlp.down.method)
-        if not all(isinstance(linear, NativeLinear) for linear in linears):
+        if not all(isinstance(linear, NativeLinear) and linear.dtype == mlp.dtype for linear in linears):
             return None
         return cls(fused, linears[0], linears[1], mlp, linears[2], linears[3], norms)  # type: ignore[arg-type]
 
@@ -148,7 +148,7 @@ class FusedLayer:
         embeddings = keywords.get("position_embeddings")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, None)
         if isinstance(attend, BatchAttention) and embeddings is not None and self._fits(hidden_states, *embeddings):
-            claimed = attend.claim(self._attention_module)
+            claimed = attend.claim(self._attention_module, self._dtype)
             if claimed is not None:
                 cache, batch = claimed
                 cosines, sines = embeddings
@@ -189,7 +189,11 @@ def fuse_layers(model: PreTrainedModel, attention: ModelAttention) -> int:
             continue
         parts = Parts.of(layer)
         head_dim = None if parts is None else parts.attention.head_dim
-        if parts is None or not own.spec.key_dim == own.spec.value_dim == head_dim:
+        if (
+            parts is None
+            or not own.spec.key_dim == own.spec.value_dim == head_dim
+            or parts.mlp.dtype != model.dtype
+        ):
             continue
         module = model.get_submodule(own.name)
         fused = FusedLayer(compiled, layer, module, parts, own.spec, workspace)
@@ -200,6 +204,13 @@ def fuse_layers(model: PreTrainedModel, attention: ModelAttention) -> int:
         else:
             _log.info("%s is no layer that can be fused: its results are off by %.2g", name, difference)
     return num_fused
+
+
+class _ClaimsOnly(BatchAttention):
+    """For a layer that must not fall back on its module."""
+
+    def __call__(self, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        raise RuntimeError("the layer went to its module")
 
 
 _NUM_SLOTS, _MAX_LEN = 3, 40
@@ -215,15 +226,16 @@ def _difference(
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(model.dtype)
 
-    hidden = random(1, _NUM_SLOTS, fused._hidden)
+    # Beside small hidden states, what the layer adds to them shows.
+    hidden = random(1, _NUM_SLOTS, fused._hidden) * torch.tensor([1.0, 0.1, 0.01])[:, None].to(model.dtype)
     embeddings = (random(1, _NUM_SLOTS, spec.key_dim), random(1, _NUM_SLOTS, spec.key_dim))
     filled = [random(_NUM_SLOTS, _MAX_LEN, spec.num_kv_heads, dim) for dim in (spec.key_dim, spec.value_dim)]
     chunks = [Chunk(slot, start, [0], 1) for slot, start in enumerate(_STARTS)]
     batch = RaggedBatch.of(chunks)
     results = []
-    for forward in (layer.forward, fused):
+    for forward, kind in ((layer.forward, BatchAttention), (fused, _ClaimsOnly)):
         view = LayerView(*(numbers.clone() for numbers in filled))
-        attention = BatchAttention({module: Place(0, spec, view, True, _KERNEL)})
+        attention = kind({module: Place(0, spec, view, True, _KERNEL)})
         hook = AttentionHook(model, attention)
         attention.begin(batch)
         try:

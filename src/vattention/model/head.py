@@ -44,7 +44,8 @@ class HiddenStates:
         return y
 
     def likeliest(self, rows: Sequence[int]) -> Largest:
-        return self._layer.largest(self._hidden if len(rows) == len(self) else self._hidden[list(rows)])
+        everything = list(rows) == list(range(len(self)))
+        return self._layer.largest(self._hidden if everything else self._hidden[list(rows)])
 
 
 class Scratch:
@@ -73,7 +74,7 @@ def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
     """The output layer, if it runs on the compiled kernels and nothing comes after it.
 
     Models that cap or scale their logits, or whose hidden states cannot be had apart, compute something else with
-    it than the plain product: a few tokens show.
+    it than the plain product: a few tokens show, which the model computes by itself, without our cache.
     """
     module = model.get_output_embeddings()
     layer = module.method if isinstance(module, PackedLinear) else None
@@ -82,9 +83,13 @@ def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
     token_ids = torch.arange(5)[None]
     with torch.inference_mode():
         logits = model(input_ids=token_ids, use_cache=False).logits
-        outputs = model.base_model(input_ids=token_ids, use_cache=False)
-        hidden = getattr(outputs, "last_hidden_state", None)
-        same = hidden is not None and torch.equal(module(hidden), logits)
+        hidden = getattr(model.base_model(input_ids=token_ids, use_cache=False), "last_hidden_state", None)
+        same = (
+            hidden is not None
+            and hidden.dtype == layer.dtype
+            and hidden.shape[-1] == module.in_features
+            and torch.equal(module(hidden), logits)
+        )
     if not same:
         return None
     if layer.nbytes >= _SCREENED_NBYTES and layer.screen():

@@ -23,6 +23,9 @@ from vattention.native import Largest, LinearWeight, ScreenCopy, kernels
 _COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
+_MOST_SCREENED = 1 << 16
+"""Inputs of a screened layer whose products of bytes 32 bits can surely sum."""
+
 _RESTS = 8
 """Steps without a screen after one that was of no use."""
 
@@ -187,6 +190,10 @@ class NativeLinear:
         return self._num_out
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self._panels.dtype
+
+    @property
     def native(self) -> LinearWeight:
         """The weight as the compiled code takes it, good as long as this."""
         return self._native
@@ -201,7 +208,7 @@ class NativeLinear:
         if x.shape[0] == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         x = x if x.stride(1) == 1 else x.contiguous()
-        if self._screen is None or self._screen.rests():
+        if self._screen is None or self._screen.take_rest():
             return self._kernels.largest(self._native, x)
         largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x)
         if not useful:
@@ -211,9 +218,11 @@ class NativeLinear:
     def screen(self) -> bool:
         """Keep a copy of the weight in 8 bits, so that `largest` reads half as much memory, with the same results.
 
-        Whether this was done: it takes a processor with the instructions, bfloat16, and no bias.
+        Whether this was done: it takes a processor with the instructions, bfloat16, sums that fit into 32 bits, and
+        no bias.
         """
-        if self._kernels.can_screen and self._bias is None and self._panels.dtype == torch.bfloat16:
+        fits = self._num_in <= _MOST_SCREENED and self._bias is None and self._panels.dtype == torch.bfloat16
+        if self._kernels.can_screen and fits:
             screen = _Screen(self._num_out, self._num_in)
             if self._kernels.screen(screen.copy, self._native):
                 self._screen = screen
@@ -240,10 +249,11 @@ class _Screen:
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
         self._num_rests = 0
 
-    def rests(self) -> bool:
-        """Whether to do without it this time."""
-        self._num_rests = max(0, self._num_rests - 1)
-        return self._num_rests > 0
+    def take_rest(self) -> bool:
+        """Whether to do without it this time; asked once in each step."""
+        rests = self._num_rests > 0
+        self._num_rests -= rests
+        return rests
 
     def rest(self) -> None:
         self._num_rests = _RESTS

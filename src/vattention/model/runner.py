@@ -50,10 +50,11 @@ class ModelRunner:
             chosen = choose(kernel, layer.spec, view)
             places[model.get_submodule(layer.name)] = Place(index, layer.spec, view, layer.writes, chosen)
         self._attention = BatchAttention(places)
-        self._output_layer = plain_output_layer(model)
         self._scratch = Scratch()
         self._keeps_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._hook = AttentionHook(model, self._attention)
+        with self.suspended():
+            self._output_layer = plain_output_layer(model)
 
     @property
     def kernels(self) -> tuple[str, ...]:

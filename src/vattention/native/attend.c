@@ -29,9 +29,8 @@
 enum { STRIP = 128 };
 /* Numbers of a head are padded with zeros to a multiple of this, two of the widest vectors. */
 enum { PAD = 32 };
-#ifndef KEYS_AHEAD
-#define KEYS_AHEAD 8
-#endif
+/* Keys between those that are multiplied and those that memory is asked for. */
+enum { KEYS_AHEAD = 8 };
 /* Query rows that go over the keys together. */
 enum { TOGETHER = 4 };
 /* Numbers of the cache below which waking the other threads takes longer than they save. */

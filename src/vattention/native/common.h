@@ -25,6 +25,9 @@ enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
  * spinning threads would fight for the same cores. */
 typedef void (*parallel_fn)(void (*body)(void *), void *argument, unsigned num_threads, unsigned flags);
 
+/* Compilers' functions that load matrix tiles do not say that they read memory; this keeps stores before them. */
+#define TILES_READ_MEMORY __asm__ volatile("" ::: "memory")
+
 #define INLINE static inline __attribute__((always_inline))
 
 /* A bfloat16 as float32. */

@@ -4,6 +4,13 @@
 
 #include "common.h"
 
+/* Packed weights are panels of this many output columns, two vectors of 16 numbers. */
+enum { COLUMNS = 32, HALF = 16 };
+/* Steps of the inner dimension that a matrix tile takes at a time. */
+enum { TILE_STEPS = 32 };
+/* Bytes between what is multiplied and what is fetched: far enough for memory's latency at its full speed. */
+enum { AHEAD = 1024 };
+
 /* A linear layer's weight, packed as linear.c describes it. */
 typedef struct {
     const void *packed;

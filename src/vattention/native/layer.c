@@ -9,10 +9,9 @@
 
 #include <string.h>
 
-/* Root mean square norms of the layer, or NULL for none: before and after attention, before and after the block
- * behind it. */
+/* A root mean square norm. */
 typedef struct {
-    const float *scale;
+    const float *scale; /* [hidden], or NULL for no norm */
     float epsilon;
 } vattention_norm;
 
@@ -21,7 +20,7 @@ typedef struct {
     const vattention_rotation *rotation;
     const vattention_heads *heads;
     vattention_norm before_attention, after_attention, before_mlp, after_mlp;
-    float gate_linear, gate_cubic;
+    float gate_linear, gate_cubic; /* as in gate.c */
     int64_t hidden;
     int32_t dtype;
 } vattention_layer;

@@ -24,7 +24,6 @@
 #include <immintrin.h>
 #endif
 
-enum { COLUMNS = 32, HALF = 16 };
 /* x is kept widened in blocks of rows, which shall stay in the second-level cache: strips of K_STRIP steps, each
  * [block rows][STRIP_STRIDE]. The padding spreads a tile's rows over the sets of the first-level cache; sums over
  * single strips are added up apart, which keeps rounding errors small. */
@@ -91,10 +90,11 @@ typedef struct {
 #define TARGET
 #include "linear_tile.h"
 
-/* The best this processor runs, found once as the library is loaded: asking a virtual machine takes microseconds. */
+/* The best this processor runs, found once as the library is loaded and never changed after: asking a virtual machine
+ * takes microseconds. */
 static struct {
     const tile_set *float32, *bfloat16; /* for any size */
-    const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of AMX_STEPS; or NULL */
+    const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of TILE_STEPS; or NULL */
 } best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
 
 __attribute__((constructor)) static void find_best(void) {
@@ -133,7 +133,7 @@ static const tile_set *set_for(int32_t dtype, int64_t num_in) {
     if (dtype == FLOAT32) {
         return best.float32;
     }
-    if (best.tiles && num_in % 32 == 0) {
+    if (best.tiles && num_in % TILE_STEPS == 0) {
         return best.tiles;
     }
     return best.pairs && num_in % 2 == 0 ? best.pairs : best.bfloat16;
@@ -295,6 +295,8 @@ static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
     j->block_rows = (j->num_rows + j->num_blocks - 1) / j->num_blocks;
     if (j->num_blocks > 1) {
         j->block_rows = (j->block_rows + j->set->tile_rows - 1) / j->set->tile_rows * j->set->tile_rows;
+        /* Blocks that grew may be fewer. */
+        j->num_blocks = (j->num_rows + j->block_rows - 1) / j->block_rows;
     }
     if (j->panels == NULL) {
         j->num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
@@ -353,10 +355,12 @@ int32_t vattention_largest(const vattention_weight *weight, const int32_t *panel
         best_column best_of_all = {.column = -1};
         for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {
             const best_column *own = &j.winners[i];
-            const int equal = own->value == best_of_all.value ||
-                              (own->value != own->value && best_of_all.value != best_of_all.value);
-            if (own->column >= 0 && (best_of_all.column < 0 || larger(own->value, best_of_all.value) ||
-                                     (equal && own->column < best_of_all.column))) {
+            if (own->column < 0) {
+                continue;
+            }
+            const int smaller = best_of_all.column >= 0 && larger(best_of_all.value, own->value);
+            if (best_of_all.column < 0 || larger(own->value, best_of_all.value) ||
+                (!smaller && own->column < best_of_all.column)) {
                 best_of_all = *own;
             }
         }

@@ -4,9 +4,6 @@
  */
 #define DOT_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 
-/* Bytes between what is multiplied and what is fetched: far enough for memory's latency at its full speed. */
-enum { AHEAD = 1024 };
-
 DOT_TARGET INLINE void store_dot(const tile_args *args, int64_t row, __m512 low, __m512 high) {
     if (args->bias) {
         low = _mm512_add_ps(low, _mm512_loadu_ps(args->bias));
@@ -74,7 +71,7 @@ static const tile_set dot_set = {.tiles = dot_tiles, .tile_rows = 12};
 #define HAVE_AMX
 #define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 
-enum { AMX_ROWS = 32, AMX_STEPS = 32 };
+enum { AMX_ROWS = 32 };
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -103,15 +100,16 @@ AMX_TARGET static void amx_tile(const tile_args *args) {
     const uint16_t *x = args->x;
     const char *panel = args->panel;
     /* The first tile streams the panel from memory; the others find it in the cache and share the next one. */
-    const int64_t lines = args->ahead_step * (AMX_STEPS / 2) / 64;
+    const int64_t lines = args->ahead_step * (TILE_STEPS / 2) / 64;
     const char *fetched = args->first ? panel + AHEAD : args->ahead;
+    TILES_READ_MEMORY;
     _tile_zero(0);
     _tile_zero(1);
     if (rows > 16) {
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (int64_t k = 0; k < args->num_in; k += AMX_STEPS, panel += AMX_STEPS * COLUMNS * 2) {
+    for (int64_t k = 0; k < args->num_in; k += TILE_STEPS, panel += TILE_STEPS * COLUMNS * 2) {
         for (int64_t line = 0; line < lines; line++) {
             __builtin_prefetch(fetched + 64 * line, 0, 3);
         }
@@ -141,8 +139,8 @@ AMX_TARGET static void amx_tile(const tile_args *args) {
 static const tile_fn amx_tiles[] = {amx_tile};
 static const tile_set amx_set = {.tiles = amx_tiles, .tile_rows = AMX_ROWS, .begin = amx_begin, .end = amx_end};
 
-/* Whether the processor has matrix tiles and the system lets this process use them: it saves their
- * registers only for processes that ask. */
+/* Whether the processor has matrix tiles and the system lets this process use them. It saves their registers only for
+ * processes that ask, for good; signal handlers then need larger stacks of their own. */
 static int amx_granted(void) {
     uint32_t a = 7, b, c = 0, d;
     __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));

@@ -27,9 +27,12 @@
 #define SCREEN_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma")))
 
-enum { COLUMNS = 32, HALF = 16, STEP = 4, AHEAD = 1024 };
+enum { STEP = 4 };
 /* Rows of x taken together: by matrix tiles and by vectors. */
 enum { TILE_TOKENS = 16, VECTOR_TOKENS = 4 };
+/* Numbers so small that their products may be subnormal, which the processor takes for zero in one way of computing
+ * and not in the other; and so large that products may overflow. Neither is found in a model that works. */
+static const float SMALLEST = 1e-15f, LARGEST = 1e15f;
 /* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
 enum { WORTHWHILE = 4 };
 
@@ -60,7 +63,8 @@ SCREEN_TARGET INLINE void judge(const job *j, int64_t row, int64_t panel, const 
         const __m512 error = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->norms[row]));
         const float above = _mm512_mask_reduce_max_ps(mask, _mm512_add_ps(value, error));
         const float below = _mm512_mask_reduce_max_ps(mask, _mm512_sub_ps(value, error));
-        most = above > most ? above : most;
+        /* NaN is no bound, and keeps the panel. */
+        most = above <= most ? most : above;
         lower[row] = below > lower[row] ? below : lower[row];
     }
     j->upper[row * j->num_panels + panel] = most;
@@ -125,6 +129,7 @@ SCREEN_TARGET static void by_tiles(const job *j, int64_t first, int64_t count, i
     const int64_t width = s->num_steps * STEP;
     const int8_t *numbers = s->numbers + panel * COLUMNS * width, *x = j->rows + 2 * first * width;
     int32_t sums[2 * TILE_TOKENS * COLUMNS] __attribute__((aligned(64)));
+    TILES_READ_MEMORY;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -183,7 +188,7 @@ SCREEN_TARGET static void work(void *argument) {
     }
 }
 
-/* A row in 16 bits: its bytes, its unit and its length; 0 where it is not finite. */
+/* A row in 16 bits: its bytes, its unit and its length; 0 where its numbers are of no use for bounds. */
 static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high, float *unit, float *norm) {
     float most = 0.0f;
     double squares = 0.0;
@@ -192,7 +197,7 @@ static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high,
         most = fabsf(value) > most ? fabsf(value) : most;
         squares += (double)value * value;
     }
-    if (!isfinite(squares)) {
+    if (!(squares < (double)LARGEST * LARGEST) || (most > 0.0f && most < SMALLEST)) {
         return 0;
     }
     *unit = most / 32512.0f;
@@ -241,12 +246,13 @@ static void pack(void *argument) {
             }
         }
         for (int i = 0; i < COLUMNS; i++) {
-            if (!isfinite(squares[i])) {
+            if (!(most[i] < LARGEST) || squares[i] != squares[i]) {
                 __atomic_store_n(&j->bad, 1, __ATOMIC_RELAXED);
                 return;
             }
             s->scales[panel * COLUMNS + i] = most[i] / 127.0f;
-            factor[i] = most[i] > 0.0f ? 127.0f / most[i] : 0.0f;
+            /* Below, the copy is zero, and the whole product its error. */
+            factor[i] = most[i] >= SMALLEST ? 127.0f / most[i] : 0.0f;
         }
         for (int64_t k = 0; k < num_in; k++) {
             for (int i = 0; i < COLUMNS; i++) {
@@ -261,7 +267,9 @@ static void pack(void *argument) {
         }
         for (int i = 0; i < COLUMNS; i++) {
             s->sums[panel * COLUMNS + i] = sums[i];
-            s->errors[panel * COLUMNS + i] = sqrtf(errors[i]) * 1.001f + slack * sqrtf(squares[i]) * 1.001f;
+            s->errors[panel * COLUMNS + i] = most[i] >= SMALLEST
+                                                 ? sqrtf(errors[i]) * 1.001f + slack * sqrtf(squares[i]) * 1.001f
+                                                 : most[i] * sqrtf((float)num_in) * 1.001f;
         }
     }
 }
@@ -278,7 +286,7 @@ int32_t vattention_can_screen(void) {
 #endif
 }
 
-/* Fills in the copy of a bfloat16 weight. Returns 0, or -1 where a number of the weight is not finite. */
+/* Fills in the copy of a bfloat16 weight. Returns 0, or -1 where a number of the weight is too large or none. */
 int32_t vattention_screen_pack(const vattention_screen *screen, const vattention_weight *weight, int32_t num_threads,
                                parallel_fn parallel) {
 #ifdef HAVE_SCREEN
@@ -339,7 +347,7 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
         for (int64_t panel = 0; panel < num_panels; panel++) {
             int reaches = 0;
             for (int64_t m = 0; m < num_rows; m++) {
-                reaches |= upper[m * num_panels + panel] >= lower[m];
+                reaches |= !(upper[m * num_panels + panel] < lower[m]);
             }
             found[num_candidates] = (int32_t)panel;
             num_candidates += reaches;
