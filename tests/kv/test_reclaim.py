@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
 from tests.kv.contents import FULL, MAX_LEN, PAGE, compute, sharing_manager
 from tests.kv.test_sharing import PROMPT, finished, holds
 from vattention.kv.virtual import VirtualManager
-from vattention.memory.driver import Driver
-from vattention.memory.host import HostDriver
 from vattention.memory.null import NullDriver
-
-
-@pytest.fixture(params=["host", "host-sliced", "null"])
-def cache(request: pytest.FixtureRequest) -> Iterator[VirtualManager]:
-    driver: Driver = NullDriver(PAGE) if request.param == "null" else HostDriver(PAGE)
-    made = sharing_manager(driver, sliced=request.param == "host-sliced")
-    yield made
-    made.close()
 
 
 def test_what_lies_behind_a_window_is_warm_and_goes_before_a_request_fails(cache: VirtualManager) -> None:

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-
-from tests.kv.contents import PAGE, WINDOW, compute, sharing_manager
+from tests.kv.contents import WINDOW, compute
 from tests.kv.test_sharing import PROMPT, holds
 from vattention.kv.virtual import VirtualManager
-from vattention.memory.driver import Driver
-from vattention.memory.host import HostDriver
-from vattention.memory.null import NullDriver
-
-
-@pytest.fixture(params=["host", "host-sliced", "null"])
-def cache(request: pytest.FixtureRequest) -> Iterator[VirtualManager]:
-    driver: Driver = NullDriver(PAGE) if request.param == "null" else HostDriver(PAGE)
-    made = sharing_manager(driver, sliced=request.param == "host-sliced")
-    yield made
-    made.close()
 
 
 def test_runs_are_all_that_a_slot_has_to_give(cache: VirtualManager) -> None:

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from tests.kv.contents import FULL, PAGE, WINDOW, check, compute, sharing_manager, write
 from vattention.errors import OutOfMemoryError
 from vattention.kv.virtual import VirtualManager
-from vattention.memory.driver import Driver
 from vattention.memory.host import HostDriver
-from vattention.memory.null import NullDriver
 
 PROMPT = list(range(100, 141))  # 41 tokens: 10 pages and a quarter
-
-
-@pytest.fixture(params=["host", "host-sliced", "null"])
-def cache(request: pytest.FixtureRequest) -> Iterator[VirtualManager]:
-    driver: Driver = NullDriver(PAGE) if request.param == "null" else HostDriver(PAGE)
-    made = sharing_manager(driver, sliced=request.param == "host-sliced")
-    yield made
-    made.close()
 
 
 def finished(cache: VirtualManager, tokens: list[int], salt: str = "") -> int:
