@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,13 @@ class Case:
     """One table.
 
     Attributes:
-        figure: what is compared: a key of `Figures`, or "decode_tokens_per_s".
+        figure: what is compared: a key of `Figures`.
         requests: the work.
-        first_token_only: for a decode rate, the same work with one token each.
     """
 
     name: str
     figure: str
     requests: list[Request]
-    first_token_only: list[Request] | None = None
 
     @property
     def workload(self) -> str:
@@ -60,28 +58,10 @@ def cases(only: Sequence[str], scale: float) -> list[Case]:
         Case("w4", "total_tokens_per_s", workloads.w4(fewer(32))),
         Case("w5", "output_tokens_per_s", workloads.w5()),
         *(
-            Case(
-                f"w6 {batch}x{context}",
-                "decode_tokens_per_s",
-                workloads.w6(batch, context),
-                workloads.w6(batch, context, out=1),
-            )
+            # The median: a rate from whole runs would mostly measure their prompts.
+            Case(f"w6 {batch}x{context}", "itl_p50_s", workloads.w6(batch, context))
             for batch in sorted({fewer(batch) for batch in workloads.W6_BATCHES})
             for context in workloads.W6_CONTEXTS
         ),
     ]
     return [case for case in made if not only or case.workload in only]
-
-
-def decode_rate(whole: Mapping[str, Any], first: Mapping[str, Any]) -> float:
-    """Tokens per second after the first of each sequence, from the run with all tokens and the one with one each.
-
-    Raises:
-        ValueError: the longer run took no longer, so the machine was not still enough to say.
-    """
-    extra_s = whole["elapsed_s"] - first["elapsed_s"]
-    if extra_s <= 0:
-        raise ValueError(
-            f"the run with all tokens was {-extra_s:.2f} s shorter than the one with first tokens only"
-        )
-    return float((whole["num_output_tokens"] - first["num_output_tokens"]) / extra_s)

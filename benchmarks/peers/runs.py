@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers import models
-from benchmarks.peers.cases import Case, Figures, decode_rate
+from benchmarks.peers.cases import Case, Figures
 from benchmarks.peers.environments import ROOT, Environment
 from benchmarks.peers.rows import Row
 from benchmarks.workloads import Request
@@ -24,7 +24,7 @@ class RunError(Exception):
 
 
 def run(case: Case, row: Row, model: str, timeout_s: float) -> Figures:
-    """One run of one row; a decode rate needs two processes.
+    """One run of one row.
 
     Raises:
         RunError: the engine could not be run or failed.
@@ -32,13 +32,9 @@ def run(case: Case, row: Row, model: str, timeout_s: float) -> Figures:
     try:
         file = str(models.path(model, row.file))
         command = [str(row.environment.python), "-m", row.module, file, *row.options]
-        figures = run_process(row.environment, command, case.requests, timeout_s)
-        if case.first_token_only is not None:
-            first = run_process(row.environment, command, case.first_token_only, timeout_s)
-            figures["decode_tokens_per_s"] = decode_rate(figures, first)
+        return run_process(row.environment, command, case.requests, timeout_s)
     except (models.ModelError, ValueError) as error:
         raise RunError(str(error)) from error
-    return figures
 
 
 def run_process(

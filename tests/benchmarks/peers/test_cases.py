@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.peers.cases import cases, decode_rate
+from benchmarks.peers.cases import cases
 
 
 def test_all_workloads_are_cases_and_only_takes_some() -> None:
@@ -24,8 +24,7 @@ def test_scale_takes_fewer_requests_and_not_shorter_ones() -> None:
     ]
 
 
-def test_a_decode_rate_leaves_the_prompt_out() -> None:
-    whole = {"elapsed_s": 5.0, "num_output_tokens": 128}
-    assert decode_rate(whole, {"elapsed_s": 3.0, "num_output_tokens": 4}) == (128 - 4) / 2.0
-    with pytest.raises(ValueError, match=r"1\.00 s shorter"):
-        decode_rate(whole, {"elapsed_s": 6.0, "num_output_tokens": 4})
+def test_decoding_is_judged_by_the_time_between_tokens() -> None:
+    (case,) = [case for case in cases((), 1.0) if case.name == "w6 16x1024"]
+    assert case.figure == "itl_p50_s"
+    assert not case.higher_is_better
