@@ -54,7 +54,7 @@ def num_same_tokens(ours: Sequence[Figures], theirs: Sequence[Figures]) -> tuple
 def to_markdown(
     conditions: str, cases: Sequence[Case], rows: Sequence[Row], runs: Runs, sizes: dict[str, int]
 ) -> str:
-    """A table of all cases, then one of starts, memory and sizes, then what failed and why."""
+    """A table of all cases that ran, then one of starts, memory and sizes, then what failed and why."""
     lines = [
         conditions,
         "",
@@ -66,9 +66,13 @@ def to_markdown(
         "| same tokens |",
         "|---|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    lines += [_line(case, row, runs) for case in cases for row in rows if row.takes(case.workload)]
+    lines += [_line(case, row, runs) for case in cases for row in rows if runs(case.name, row.name)]
     lines += ["", "| row | start to first token, s | installed, MiB | versions |", "|---|---:|---:|---|"]
-    lines += [_start_line(row, [c for c in cases if row.takes(c.workload)], runs, sizes) for row in rows]
+    lines += [
+        _start_line(row, [c for c in cases if row.takes(c.workload)], runs, sizes)
+        for row in rows
+        if _ran(row, cases, runs)
+    ]
     failures = [
         f"- {case.name}, {row.name}: {_one_line(figures['error'])}"
         for case in cases
@@ -79,12 +83,15 @@ def to_markdown(
     return "\n".join([*lines, *(["", "Failed:", "", *failures] if failures else [])]) + "\n"
 
 
+def _ran(row: Row, cases: Sequence[Case], runs: Runs) -> bool:
+    return any(runs(case.name, row.name) for case in cases)
+
+
 def _line(case: Case, row: Row, runs: Runs) -> str:
-    all_runs = runs(case.name, row.name)
-    done, ours = succeeded(all_runs), succeeded(runs(case.name, row.against))
+    done, ours = succeeded(runs(case.name, row.name)), succeeded(runs(case.name, row.against))
     head = f"| {case.name} | {case.figure} | {row.name} | {row.weights} / {row.kv} |"
     if not done:
-        return f"{head} {'failed' if all_runs else 'not run'} | | | | | |"
+        return f"{head} failed | | | | | |"
     ratio = None if row.name == row.against else times_better(case, ours, done)
     same = num_same_tokens(ours, done) if case.greedy and row.name != row.against else None
     gaps = [figures["itl_p50_s"] * 1e3 for figures in done if figures["itl_p50_s"] is not None]

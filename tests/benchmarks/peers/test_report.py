@@ -50,6 +50,7 @@ def test_the_table_has_every_row_and_says_why_one_failed() -> None:
     assert f"{head} OpenVINO | fp16 / bf16 | failed |" in table
     assert "- w1, OpenVINO: RuntimeError: no such model" in table
     assert "| vLLM | 3 (3 to 3) | 2 | engine 1.2 |" in table
+    assert "vLLM, prefix cache" not in table
     assert f"{head} vLLM, prefix cache" not in table
 
 
