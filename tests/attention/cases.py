@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -26,6 +26,9 @@ SPECS = {
     "sinks and window": AttentionSpec(4, 2, 16, 16, 0.25, window=6, has_sinks=True),
     "odd dims": AttentionSpec(14, 2, 37, 75, 0.16),
     "large dims": AttentionSpec(10, 2, 128, 256, 0.07),
+    "wide": AttentionSpec(8, 2, 64, 64, 0.125),
+    "wide, window": AttentionSpec(6, 2, 64, 64, 0.125, window=20),
+    "wide, softcap": AttentionSpec(2, 2, 64, 64, 0.25, softcap=2.0),
 }
 
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -85,7 +88,7 @@ def in_blocks(view: LayerView, batch: RaggedBatch, spec: AttentionSpec, block_si
         padded = torch.full((num_slots, per_slot * block_size, *tensor.shape[2:]), torch.nan).to(tensor)
         padded[:, :max_len] = tensor
         blocks = torch.full((num_blocks, block_size, *tensor.shape[2:]), torch.nan).to(tensor)
-        blocks[order[:-1].long()] = padded.view(num_blocks - 1, block_size, *tensor.shape[2:])
+        blocks[order[:-1].long().to(tensor.device)] = padded.view(num_blocks - 1, block_size, *tensor.shape[2:])
         return blocks
 
     tables = order[-1].repeat(num_slots, per_slot)
@@ -93,11 +96,13 @@ def in_blocks(view: LayerView, batch: RaggedBatch, spec: AttentionSpec, block_si
         first = 0 if spec.window is None else max(0, start - spec.window + 1)
         used = slice(first // block_size, -(-(start + num_rows) // block_size))
         tables[slot, used] = order[:-1].view(num_slots, per_slot)[slot, used]
-    return PagedLayerView(pool(view.keys), pool(view.values), tables)
+    return PagedLayerView(pool(view.keys), pool(view.values), tables.to(view.keys.device))
 
 
-def views(kind: type[CacheView], view: LayerView, batch: RaggedBatch, spec: AttentionSpec) -> list[CacheView]:
+def views(
+    kind: type[CacheView], view: LayerView, batch: RaggedBatch, spec: AttentionSpec, block_sizes: Collection[int]
+) -> list[CacheView]:
     """The cache in all forms of one kind."""
     if kind is LayerView:
         return [view]
-    return [in_blocks(view, batch, spec, block_size) for block_size in BLOCK_SIZES]
+    return [in_blocks(view, batch, spec, block_size) for block_size in block_sizes]

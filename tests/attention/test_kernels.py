@@ -8,21 +8,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.attention.cases import BATCHES, SPECS, filled, views
+from tests.attention.cases import BATCHES, SPECS, filled
 from tests.attention.reference import attend
+from tests.attention.subjects import SUBJECTS
 from vattention.attention import eager, sdpa
 from vattention.attention.registry import KERNELS
-
-CPU = torch.device("cpu")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest absolute error; results are of the order of 1."""
 
+DEVICES = sorted({subject.device for subject in SUBJECTS.values()})
+
+
+def dtype_of(subject: str) -> torch.dtype:
+    """The most exact type that the kernel takes."""
+    return next(dtype for dtype in TOLERANCE if SUBJECTS[subject].computes(SPECS["wide"], dtype))
+
+
 SUPPORTED = [
-    (kernel, name)
-    for kernel in KERNELS
+    (subject, name)
+    for subject in SUBJECTS
     for name, spec in SPECS.items()
-    if KERNELS[kernel].unsupported(spec, torch.float32, CPU) is None
+    if SUBJECTS[subject].computes(spec, dtype_of(subject))
 ]
 
 
@@ -37,33 +44,35 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("spec_name", SPECS)
-def test_computes_attention(spec_name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_computes_attention(device: str, spec_name: str, dtype: torch.dtype) -> None:
     spec = SPECS[spec_name]
+    subjects = {name: subject for name, subject in SUBJECTS.items() if subject.device == device}
     for batch_name, lengths in BATCHES.items():
-        query, view, batch, sinks = filled(spec, lengths, dtype)
+        query, view, batch, sinks = filled(spec, lengths, dtype, device)
         expected = attend(query, view, batch, spec, sinks)
-        for kernel in (KERNELS[name] for name, supported in SUPPORTED if supported == spec_name):
-            for stored in views(kernel.reads, view, batch, spec):
-                result = kernel(query, stored, batch, spec, sinks)
+        for name, subject in subjects.items():
+            for stored in subject.views(view, batch, spec) if batch_name in subject.batches else ():
+                result = subject.kernel(query, stored, batch, spec, sinks)
                 assert result.shape == (len(batch.slots), spec.num_heads, spec.value_dim)
                 assert result.dtype == dtype
-                error = (result.double() - expected).abs().max()
-                assert error <= TOLERANCE[dtype], (kernel.name, batch_name, stored.keys.shape)
+                error = (result.double().cpu() - expected).abs().max()
+                assert error <= TOLERANCE[dtype], (name, batch_name, stored.keys.shape)
 
 
 @pytest.mark.parametrize("max_scores", [1, 16, 100])
-@pytest.mark.parametrize(("kernel", "spec_name"), SUPPORTED)
+@pytest.mark.parametrize(("subject", "spec_name"), SUPPORTED)
 def test_cutting_rows_changes_nothing(
-    kernel: str, spec_name: str, max_scores: int, monkeypatch: pytest.MonkeyPatch
+    subject: str, spec_name: str, max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sdpa, "_MAX_MASK", max_scores)
     monkeypatch.setattr(eager, "_MAX_SCORES", max_scores)
-    spec = SPECS[spec_name]
-    query, view, batch, sinks = filled(spec, BATCHES["mixed"])
+    spec, dtype, tried = SPECS[spec_name], dtype_of(subject), SUBJECTS[subject]
+    query, view, batch, sinks = filled(spec, BATCHES["mixed"], dtype, tried.device)
     expected = attend(query, view, batch, spec, sinks)
-    for stored in views(KERNELS[kernel].reads, view, batch, spec):
-        result = KERNELS[kernel](query, stored, batch, spec, sinks)
-        torch.testing.assert_close(result.double(), expected, atol=2e-6, rtol=0)
+    for stored in tried.views(view, batch, spec):
+        result = tried.kernel(query, stored, batch, spec, sinks)
+        torch.testing.assert_close(result.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -84,32 +93,33 @@ def test_a_dropped_feature_shows(name: str, dropped: dict[str, float | None]) ->
     assert (result - expected).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_large_scores_do_not_overflow(kernel: str) -> None:
-    spec = replace(SPECS["gqa"], scale=60.0)
-    query, view, batch, _ = filled(spec, BATCHES["mixed"])
-    for stored in views(KERNELS[kernel].reads, view, batch, spec):
-        assert KERNELS[kernel](query, stored, batch, spec, None).isfinite().all()
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_large_scores_do_not_overflow(subject: str) -> None:
+    spec, tried = replace(SPECS["wide"], scale=60.0), SUBJECTS[subject]
+    query, view, batch, _ = filled(spec, BATCHES["mixed"], dtype_of(subject), tried.device)
+    for stored in tried.views(view, batch, spec):
+        assert tried.kernel(query, stored, batch, spec, None).isfinite().all()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_writes_nothing_to_the_cache(kernel: str) -> None:
-    query, dense, batch, _ = filled(SPECS["gqa"], BATCHES["mixed"])
-    for view in views(KERNELS[kernel].reads, dense, batch, SPECS["gqa"]):
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_writes_nothing_to_the_cache(subject: str) -> None:
+    spec, tried = SPECS["wide"], SUBJECTS[subject]
+    query, dense, batch, _ = filled(spec, BATCHES["mixed"], dtype_of(subject), tried.device)
+    for view in tried.views(dense, batch, spec):
         before = view.keys.clone(), view.values.clone()
-        KERNELS[kernel](query, view, batch, SPECS["gqa"], None)
+        tried.kernel(query, view, batch, spec, None)
         torch.testing.assert_close((view.keys, view.values), before, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_takes_any_strides(kernel: str) -> None:
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_takes_any_strides(subject: str) -> None:
     """All of a token's layers side by side, and queries that are no view of one contiguous tensor."""
-    spec = SPECS["gqa"]
-    query, dense, batch, _ = filled(spec, BATCHES["mixed"])
-    for view in views(KERNELS[kernel].reads, dense, batch, spec):
-        wide = torch.full((*view.keys.shape[:2], 9, *view.keys.shape[2:]), torch.nan)
+    spec, tried = SPECS["wide"], SUBJECTS[subject]
+    query, dense, batch, _ = filled(spec, BATCHES["mixed"], dtype_of(subject), tried.device)
+    for view in tried.views(dense, batch, spec):
+        wide = view.keys.new_full((*view.keys.shape[:2], 9, *view.keys.shape[2:]), torch.nan)
         wide[:, :, 3], wide[:, :, 7] = view.keys, view.values
         apart = replace(view, keys=wide[:, :, 3], values=wide[:, :, 7])
         every_other = torch.stack([query, -query], dim=-1).flatten(-2)[..., ::2]
-        result = KERNELS[kernel](every_other, apart, batch, spec, None)
-        torch.testing.assert_close(result, KERNELS[kernel](query, view, batch, spec, None))
+        result = tried.kernel(every_other, apart, batch, spec, None)
+        torch.testing.assert_close(result, tried.kernel(query, view, batch, spec, None))

@@ -32,8 +32,8 @@ class CompiledKernel:
     def __init__(self, strip_keys: int = STRIP_KEYS) -> None:
         self._strip_keys = strip_keys
 
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        return unsupported(dtype, device)
+    def unsupported(self, spec: AttentionSpec, view: CacheView) -> str | None:
+        return unsupported(view.keys.dtype, view.keys.device)
 
     def cache(self, view: CacheView) -> AttentionCache:
         """The view as the compiled code takes it, good as long as the view."""

@@ -7,7 +7,7 @@ import torch
 from vattention.attention.blocks import blocks
 from vattention.attention.kernel import RaggedBatch
 from vattention.core import AttentionSpec
-from vattention.kv.manager import LayerView
+from vattention.kv.manager import CacheView, LayerView
 
 _MAX_SCORES = 1 << 24
 """Most scores at a time, over all heads: 64 MiB in float32."""
@@ -19,7 +19,8 @@ class EagerKernel:
     name = "eager"
     reads = LayerView
 
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
+    def unsupported(self, spec: AttentionSpec, view: CacheView) -> str | None:
+        dtype = view.keys.dtype
         return None if dtype.is_floating_point else f"keys and values of {dtype} are no floating-point numbers"
 
     def __call__(

@@ -20,8 +20,8 @@ class GatheredKernel:
     name = "gathered"
     reads = PagedLayerView
 
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        return EagerKernel().unsupported(spec, dtype, device)
+    def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
+        return EagerKernel().unsupported(spec, view)
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ def attend_long(
     """Compute one span's rows of `output` [T, num_heads, value_dim] by the faster of torch's ways that can."""
     slot, first_row, num_rows, start = span
     kernels: tuple[AttentionKernel[LayerView], ...] = SdpaKernel(), EagerKernel()
-    able = next(k for k in kernels if k.unsupported(spec, query.dtype, query.device) is None)
+    able = next(k for k in kernels if k.unsupported(spec, view) is None)
     rows = slice(first_row, first_row + num_rows)
     positions = torch.arange(start, start + num_rows, device=query.device)
     alone = RaggedBatch(torch.full_like(positions, slot), positions, ((slot, 0, num_rows, start),))

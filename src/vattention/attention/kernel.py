@@ -7,9 +7,9 @@ another kernel is chosen: a feature is never dropped silently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -18,6 +18,22 @@ from vattention.kv.manager import CacheView
 
 Span = tuple[int, int, int, int]
 """One sequence's share of a batch: slot, first row, number of rows, position of the first."""
+
+
+T = TypeVar("T")
+
+
+class Once:
+    """What was worked out already, by what it was worked out from."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def __call__(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returned when it was asked for under this key first."""
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(T, self._known[key])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +59,13 @@ class RaggedBatch:
         spans: per sequence (slot, first row, number of rows, start): its tokens are rows [first, first + number)
             of the batch, at positions [start, start + number); its cache holds tokens [0, start + number) by the
             time attention runs.
+        once: for what kernels work out from the batch alone: once for all layers of a forward pass.
     """
 
     slots: torch.Tensor
     positions: torch.Tensor
     spans: tuple[Span, ...]
-    _parts: dict[int, Parts] = field(default_factory=dict, init=False, repr=False, compare=False)
+    once: Once = field(default_factory=Once, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], device: torch.device | str = "cpu") -> RaggedBatch:
@@ -73,13 +90,14 @@ class RaggedBatch:
 
     def parts(self, most_rows: int) -> Parts:
         """The batch in two, `most_rows` being few: the same object for all layers of a forward pass."""
-        if most_rows not in self._parts:
-            short = [span for span in self.spans if span[2] <= most_rows]
-            self._parts[most_rows] = Parts(
-                torch.tensor(short, dtype=torch.int64).reshape(-1, 4),
-                tuple(span for span in self.spans if span[2] > most_rows),
-            )
-        return self._parts[most_rows]
+        return self.once(("parts", most_rows), lambda: self._parts(most_rows))
+
+    def _parts(self, most_rows: int) -> Parts:
+        short = [span for span in self.spans if span[2] <= most_rows]
+        return Parts(
+            torch.tensor(short, dtype=torch.int64).reshape(-1, 4),
+            tuple(span for span in self.spans if span[2] > most_rows),
+        )
 
 
 View_contra = TypeVar("View_contra", bound=CacheView, contravariant=True)
@@ -96,8 +114,8 @@ class AttentionKernel(Protocol[View_contra]):
         """The kind of view this kernel takes."""
         ...
 
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why this kernel cannot compute such a layer, or None if it can."""
+    def unsupported(self, spec: AttentionSpec, view: View_contra) -> str | None:
+        """Why this kernel cannot compute such a layer over such a view, or None if it can."""
         ...
 
     def __call__(

@@ -7,9 +7,17 @@ from typing import Any, TypeVar, cast
 
 from vattention.attention.compiled import NativeKernel, PagedKernel
 from vattention.attention.eager import EagerKernel
+from vattention.attention.flash_attention import (
+    FlashAttention3Kernel,
+    FlashAttentionKernel,
+    FlashAttentionPagedKernel,
+)
+from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
 from vattention.attention.gathered import GatheredKernel
 from vattention.attention.kernel import AttentionKernel
 from vattention.attention.sdpa import SdpaKernel
+from vattention.attention.torch_flash import TorchFlashKernel, TorchFlashPagedKernel
+from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
@@ -20,10 +28,25 @@ AUTO = "auto"
 KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
     {
         kernel.name: kernel
-        for kernel in (NativeKernel(), SdpaKernel(), EagerKernel(), PagedKernel(), GatheredKernel())
+        for kernel in (
+            NativeKernel(),
+            FlashAttention3Kernel(),
+            FlashAttentionKernel(),
+            TorchFlashKernel(),
+            FlashInferKernel(),
+            TritonKernel(),
+            SdpaKernel(),
+            EagerKernel(),
+            PagedKernel(),
+            FlashInferPagedKernel(),
+            FlashAttentionPagedKernel(),
+            TorchFlashPagedKernel(),
+            TritonPagedKernel(),
+            GatheredKernel(),
+        )
     }
 )
-"""All kernels; of those that read the same kind of view the fastest first."""
+"""All kernels; of those that read the same kind of view the fastest first, on GPUs as far as is known."""
 
 View = TypeVar("View", bound=CacheView)
 
@@ -56,4 +79,4 @@ def choose(name: str, spec: AttentionSpec, view: View) -> AttentionKernel[View]:
 def _unsupported(kernel: AttentionKernel[Any], spec: AttentionSpec, view: CacheView) -> str | None:
     if not isinstance(view, kernel.reads):
         return f"it reads {_KINDS[kernel.reads]}, and this KV cache has {_KINDS[type(view)]}"
-    return kernel.unsupported(spec, view.keys.dtype, view.keys.device)
+    return kernel.unsupported(spec, view)

@@ -26,9 +26,9 @@ class SdpaKernel:
     name = "sdpa"
     reads = LayerView
 
-    def unsupported(self, spec: AttentionSpec, dtype: torch.dtype, device: torch.device) -> str | None:
-        if not dtype.is_floating_point:
-            return f"keys and values of {dtype} are no floating-point numbers"
+    def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
+        if not view.keys.dtype.is_floating_point:
+            return f"keys and values of {view.keys.dtype} are no floating-point numbers"
         if spec.softcap is not None:
             return "torch's scaled_dot_product_attention has no soft-cap on scores"
         if spec.has_sinks:

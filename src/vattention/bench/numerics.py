@@ -25,7 +25,7 @@ from vattention.attention.kernel import AttentionKernel, RaggedBatch
 from vattention.attention.sdpa import SdpaKernel
 from vattention.bench.memory import plots
 from vattention.core import AttentionSpec, Chunk
-from vattention.kv.manager import LayerView, PagedLayerView
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, key_dim=64, value_dim=64, scale=0.125)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,8 +131,11 @@ class Subject:
     block_size: int | None = None
 
     def __call__(self, query: torch.Tensor, view: LayerView, batch: RaggedBatch) -> torch.Tensor:
-        read = view if self.block_size is None else in_blocks(view, self.block_size)
-        return self.kernel(query, read, batch, SPEC, None)
+        return self.kernel(query, self.stored(view), batch, SPEC, None)
+
+    def stored(self, view: LayerView) -> CacheView:
+        """The cache as the kernel reads it."""
+        return view if self.block_size is None else in_blocks(view, self.block_size)
 
 
 def subjects(dtype: torch.dtype) -> list[Subject]:
@@ -144,7 +147,9 @@ def subjects(dtype: torch.dtype) -> list[Subject]:
         *(Subject(PagedKernel(), f"paged {size}", size) for size in BLOCK_SIZES),
         Subject(GatheredKernel(), "gathered 16", 16),
     )
-    return [s for s in known if s.kernel.unsupported(SPEC, dtype, torch.device("cpu")) is None]
+    token = torch.empty(1, 1, SPEC.num_kv_heads, SPEC.key_dim, dtype=dtype)
+    empty = LayerView(token, token)
+    return [s for s in known if s.kernel.unsupported(SPEC, s.stored(empty)) is None]
 
 
 def in_blocks(view: LayerView, block_size: int) -> PagedLayerView:

@@ -1,0 +1,229 @@
+"""Attention through the FlashAttention packages: `flash_attn` 2.6 and later, and `flash_attn_interface`, version 3.
+
+Written after `flash_attn_with_kvcache` of both in the state of August 2026 (package 2.8.4). Queries are [n, rows,
+heads, dim]; keys and values [slots, tokens, heads, dim], or [blocks, tokens, heads, dim] with a table; windows are
+pairs (left, right), the row's own key not counted, -1 for no limit; causal masks are aligned at the lower right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from vattention.attention.libraries import installed, unsupported_device, unsupported_layer
+from vattention.attention.sequences import Sequences, SplitKernel, tables
+from vattention.attention.torch_flash import PAGE_TOKENS, TorchFlashKernel
+from vattention.attention.triton_decode import TritonKernel
+from vattention.core import AttentionSpec
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
+
+Library = Callable[[], Any]
+"""Returns a module, or None where it is not installed."""
+
+_second: Library = partial(installed, "flash_attn")
+_third: Library = partial(installed, "flash_attn_interface")
+
+
+class FlashAttentionKernel(SplitKernel[LayerView]):
+    """FlashAttention-2 over contiguous slots: decoding sequences in one call, each of the others in its own.
+
+    Rows before a window are left out as padding on the left, so that decoding needs no mask and the kernel reads
+    keys once for all query heads that share them. The others get a slice of the cache, which takes the kernel for
+    prompts instead of that for splits.
+
+    Args:
+        library: gives what is called instead of `flash_attn`.
+        runs_on: the type of device it is for.
+    """
+
+    name = "flash_attention"
+    reads = LayerView
+
+    def __init__(self, library: Library = _second, runs_on: str = "cuda") -> None:
+        self._library = library
+        self._runs_on = runs_on
+
+    def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
+        return _unsupported(spec, view, self._library(), "flash_attn", self._runs_on)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: LayerView,
+        chosen: Sequences,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        call = self._library().flash_attn_with_kvcache
+        if not chosen.is_decode:
+            return _each_in_its_slice(call, query, view, chosen, spec)
+        output: torch.Tensor = call(
+            query.unsqueeze(1),
+            view.keys,
+            view.values,
+            cache_seqlens=chosen.end_keys,
+            cache_batch_idx=chosen.slots,
+            cache_leftpad=chosen.first_keys if any(chosen.begins) else None,
+            softmax_scale=spec.scale,
+            causal=False,
+            softcap=spec.softcap or 0.0,
+        )
+        return output.squeeze(1)
+
+
+class FlashAttention3Kernel(SplitKernel[LayerView]):
+    """FlashAttention-3 for prompts over contiguous slots, on Hopper GPUs; decoding by a kernel that reads exactly.
+
+    Version 3 loads keys and values in whole tiles and masks what lies behind a sequence's end, so it may be given
+    nothing but slices that end there: behind them there may be no memory. Decoding is bound by memory, not by
+    arithmetic, and loses nothing.
+
+    Args:
+        library: gives what is called instead of `flash_attn_interface`.
+        runs_on: the type of device it is for.
+        decoders: for decoding, the best first.
+    """
+
+    name = "flash_attention_3"
+    reads = LayerView
+
+    def __init__(
+        self,
+        library: Library = _third,
+        runs_on: str = "cuda",
+        decoders: tuple[SplitKernel[LayerView], ...] | None = None,
+    ) -> None:
+        self._library = library
+        self._runs_on = runs_on
+        self._decoders = decoders or (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel())
+
+    def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
+        reason = _unsupported(spec, view, self._library(), "flash_attn_interface", self._runs_on)
+        if reason is None and self._decoder(spec, view) is None:
+            return "no kernel beside it can decode such a layer"
+        return reason
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: LayerView,
+        chosen: Sequences,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if not chosen.is_decode:
+            return _each_in_its_slice(self._library().flash_attn_with_kvcache, query, view, chosen, spec)
+        decoder = self._decoder(spec, view)
+        if decoder is None:
+            raise RuntimeError("nothing can decode such a layer: `unsupported` says so beforehand")
+        return decoder.attend(query, view, chosen, spec, sinks)
+
+    def _decoder(self, spec: AttentionSpec, view: LayerView) -> SplitKernel[LayerView] | None:
+        return next((kernel for kernel in self._decoders if kernel.unsupported(spec, view) is None), None)
+
+
+class FlashAttentionPagedKernel(SplitKernel[PagedLayerView]):
+    """FlashAttention over blocks: version 3 where it is installed, else version 2, for blocks of 256 tokens.
+
+    Args:
+        second, third: give what is called instead of `flash_attn` and `flash_attn_interface`.
+        runs_on: the type of device it is for.
+    """
+
+    name = "flash_attention_paged"
+    reads = PagedLayerView
+
+    def __init__(self, second: Library = _second, third: Library = _third, runs_on: str = "cuda") -> None:
+        self._second, self._third = second, third
+        self._runs_on = runs_on
+
+    def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
+        third = self._third()
+        reason = _unsupported(spec, view, third or self._second(), "flash_attn", self._runs_on)
+        if reason is None and third is None and view.block_size % PAGE_TOKENS:
+            return f"FlashAttention-2 takes blocks of a multiple of {PAGE_TOKENS} tokens, not {view.block_size}"
+        return reason
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: PagedLayerView,
+        chosen: Sequences,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        found, third = tables(view, chosen), self._third()
+        is_whole = chosen.is_decode and found.window_left < 0
+        common = {
+            "softmax_scale": spec.scale,
+            "causal": not is_whole,
+            "window_size": (found.window_left, -1 if is_whole else 0),
+            "softcap": spec.softcap or 0.0,
+        }
+        if third is not None:
+            output: torch.Tensor = third.flash_attn_with_kvcache(
+                query,
+                view.keys,
+                view.values,
+                cache_seqlens=found.num_keys,
+                page_table=found.blocks,
+                cu_seqlens_q=chosen.row_starts,
+                max_seqlen_q=chosen.most_rows,
+                **common,
+            )
+            return output
+        call = self._second().flash_attn_with_kvcache
+        if chosen.is_decode:
+            output = call(
+                query.unsqueeze(1),
+                view.keys,
+                view.values,
+                cache_seqlens=found.num_keys,
+                block_table=found.blocks,
+                **common,
+            )
+            return output.squeeze(1)
+        return torch.cat(
+            [
+                call(
+                    query[first_row : first_row + num_rows].unsqueeze(0),
+                    view.keys,
+                    view.values,
+                    cache_seqlens=found.num_keys[i : i + 1],
+                    block_table=found.blocks[i : i + 1],
+                    **common,
+                ).squeeze(0)
+                for i, (_, first_row, num_rows, _) in enumerate(chosen.own_spans)
+            ]
+        )
+
+
+def _each_in_its_slice(
+    call: Any, query: torch.Tensor, view: LayerView, chosen: Sequences, spec: AttentionSpec
+) -> torch.Tensor:
+    """One call for each sequence, on just the keys it reads."""
+    outputs = []
+    for (slot, first_row, num_rows, start), begin in zip(chosen.own_spans, chosen.begins, strict=True):
+        end = start + num_rows
+        is_cut = spec.window is not None and end - begin > spec.window
+        output: torch.Tensor = call(
+            query[first_row : first_row + num_rows].unsqueeze(0),
+            view.keys[slot : slot + 1, begin:end],
+            view.values[slot : slot + 1, begin:end],
+            softmax_scale=spec.scale,
+            causal=True,
+            window_size=(spec.window - 1, 0) if is_cut and spec.window is not None else (-1, -1),
+            softcap=spec.softcap or 0.0,
+        )
+        outputs.append(output.squeeze(0))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _unsupported(spec: AttentionSpec, view: CacheView, library: Any, name: str, runs_on: str) -> str | None:
+    # The name flash_attn alone may be that of version 4, which has other functions.
+    if getattr(library, "flash_attn_with_kvcache", None) is None:
+        return f"the package {name} is not installed"
+    return unsupported_device(view, runs_on) or unsupported_layer(spec, view)

@@ -1,0 +1,118 @@
+"""The kernels under test: those that run here, and those of GPU libraries over fakes of the libraries.
+
+On a GPU all that run there are tried too, with nothing to be set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from tests.attention.cases import BATCHES, BLOCK_SIZES, SPECS, views
+from tests.attention.fake_libraries import FLASHINFER, FakeFlashAttention2, FakeFlashAttention3, FakeTorchFlash
+from vattention.attention.flash_attention import (
+    FlashAttention3Kernel,
+    FlashAttentionKernel,
+    FlashAttentionPagedKernel,
+)
+from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
+from vattention.attention.kernel import AttentionKernel, RaggedBatch
+from vattention.attention.registry import KERNELS
+from vattention.attention.torch_flash import TorchFlashKernel, TorchFlashPagedKernel
+from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
+from vattention.core import AttentionSpec
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
+
+HAS_GPU = torch.cuda.is_available()
+HAS_TRITON = find_spec("triton") is not None
+
+if not HAS_GPU:
+    # Read by Triton when the kernels are imported, which nothing but these tests does without a GPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel, where its cache lies, and what to try it on."""
+
+    kernel: AttentionKernel[Any]
+    device: str = "cpu"
+    batches: Collection[str] = frozenset(BATCHES)
+    block_sizes: Collection[int] = BLOCK_SIZES
+    dtypes: Collection[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def views(self, view: LayerView, batch: RaggedBatch, spec: AttentionSpec) -> list[CacheView]:
+        """The cache in all forms in which the kernel can read it."""
+        if view.keys.dtype not in self.dtypes:
+            return []
+        stored = views(self.kernel.reads, view, batch, spec, self.block_sizes)
+        return [form for form in stored if self.kernel.unsupported(spec, form) is None]
+
+    def computes(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
+        empty = (empty_view(self.kernel.reads, spec, dtype, self.device, size) for size in self.block_sizes)
+        return dtype in self.dtypes and any(self.kernel.unsupported(spec, view) is None for view in empty)
+
+
+def empty_view(
+    kind: type[CacheView], spec: AttentionSpec, dtype: torch.dtype, device: str = "cpu", block_size: int = 16
+) -> CacheView:
+    keys, values = (
+        torch.empty(1, block_size, spec.num_kv_heads, dim, dtype=dtype, device=device)
+        for dim in (spec.key_dim, spec.value_dim)
+    )
+    if kind is LayerView:
+        return LayerView(keys, values)
+    return PagedLayerView(keys, values, torch.zeros(1, 1, dtype=torch.int32, device=device))
+
+
+def _second() -> Any:
+    return FakeFlashAttention2
+
+
+def _third() -> Any:
+    return FakeFlashAttention3
+
+
+def _nothing() -> None:
+    return None
+
+
+def _flashinfer() -> Any:
+    return FLASHINFER
+
+
+def _subjects() -> dict[str, Subject]:
+    found = {name: Subject(kernel) for name, kernel in KERNELS.items() if Subject(kernel).computes(*_PLAIN)}
+    torch_flash = TorchFlashKernel(FakeTorchFlash(), "cpu")
+    fakes: tuple[AttentionKernel[Any], ...] = (
+        torch_flash,
+        TorchFlashPagedKernel(FakeTorchFlash(), "cpu"),
+        FlashAttentionKernel(_second, "cpu"),
+        FlashAttention3Kernel(_third, "cpu", (torch_flash,)),
+        FlashAttentionPagedKernel(_second, _nothing, "cpu"),
+        FlashInferKernel(_flashinfer, "cpu"),
+        FlashInferPagedKernel(_flashinfer, "cpu"),
+    )
+    found |= {f"{kernel.name} (fake)": Subject(kernel) for kernel in fakes}
+    found["flash_attention_paged (fake 3)"] = Subject(FlashAttentionPagedKernel(_nothing, _third, "cpu"))
+    if HAS_TRITON and not HAS_GPU:
+        few = ("decodes", "mixed", "long decodes")
+        for kernel in (TritonKernel("cpu"), TritonPagedKernel("cpu")):
+            # The interpreter's matrix products take bfloat16 for integers.
+            found[f"{kernel.name} (interpreted)"] = Subject(
+                kernel, "cpu", few, (3, 16), (torch.float32, torch.float16)
+            )
+    if HAS_GPU:
+        on_gpu = {name: Subject(kernel, "cuda") for name, kernel in KERNELS.items()}
+        found |= {f"{name} (cuda)": subject for name, subject in on_gpu.items() if subject.computes(*_PLAIN)}
+    return found
+
+
+_PLAIN = (SPECS["wide"], torch.bfloat16)
+
+SUBJECTS = _subjects()
