@@ -2,9 +2,10 @@
 
     python -m benchmarks.peers --only w1,w2 --peers vllm,llamacpp --runs 3 --scale 0.5 --model demo
 
-Every run is a process of its own, so that a peak of memory belongs to one engine; engines take turns, in an order
-that changes from run to run. What is done is kept in the JSON file after each run, and the same command goes
-on from there; an engine that fails becomes a row that says why. `python -m benchmarks.peers.install` installs them.
+Each engine has a process of its own, which stays for all workloads of a round; engines take turns at each workload,
+in an order that changes from round to round, and while one works the others sleep. What is done is kept in the JSON
+file after each run, and the same command goes on from there; an engine that fails becomes a row that says why.
+`python -m benchmarks.peers.install` installs them, `python -m benchmarks.peers.models` makes their models.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks.peers.cases import Case, cases
+from benchmarks.peers.cases import Case, cases, longest
 from benchmarks.peers.models import MODELS
+from benchmarks.peers.plot import draw
 from benchmarks.peers.report import to_markdown
 from benchmarks.peers.rows import Row, chosen
-from benchmarks.peers.runs import Results, RunError, run
+from benchmarks.peers.runs import Results
+from benchmarks.peers.worker import RunError
+from benchmarks.peers.workers import Workers
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -36,13 +40,38 @@ def turns(number: int, rows: Sequence[Row]) -> list[Row]:
 
 def missing(
     wanted: Sequence[Case], rows: Sequence[Row], num_runs: int, results: Results
-) -> Iterator[tuple[Case, Row]]:
-    """What is still to be run, in order."""
+) -> Iterator[tuple[int, Case, Row]]:
+    """What is still to be run, in order, with the number of its round."""
     for number in range(num_runs):
         for case in wanted:
             for row in turns(number, rows):
                 if row.takes(case.workload) and len(results.runs(case.name, row.name)) <= number:
-                    yield case, row
+                    yield number, case, row
+
+
+def measure(left: Sequence[tuple[int, Case, Row]], workers: Workers, results: Results, limit_s: float) -> None:
+    """Run what is left until the time is over."""
+    begun = time.monotonic()
+    round_number = left[0][0] if left else 0
+    for done, (number, case, row) in enumerate(left):
+        since = time.monotonic()
+        if since - begun > limit_s:
+            print(f"{len(left) - done} of {len(left)} runs are left; the same command goes on with them")
+            return
+        if number != round_number:
+            # Each round starts cold, and no cache holds prefixes of the one before.
+            workers.close()
+            round_number = number
+        try:
+            figures = workers.run(case, row)
+            said = f"{figures[case.figure]:,.4g} {case.figure}"
+        except RunError as error:
+            figures, said = {"error": str(error)}, f"failed: {str(error).splitlines()[-1]}"
+        results.add(case.name, row.name, figures)
+        print(
+            f"{done + 1} of {len(left)}: {case.name}, {row.name}: {said} ({time.monotonic() - since:.0f} s)",
+            flush=True,
+        )
 
 
 def describe(results: Results, num_runs: int) -> str:
@@ -70,7 +99,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the requests to take, for slow machines")
     parser.add_argument("--output", type=Path, help="without suffix; results/peers_MODEL by default")
     parser.add_argument("--limit-minutes", type=float, default=float("inf"), help="begin no run after this time")
-    parser.add_argument("--timeout-minutes", type=float, default=30.0, help="of one process")
+    parser.add_argument("--timeout-minutes", type=float, default=30.0, help="of one run")
     parser.add_argument("--retry-failed", action="store_true", help="run again what failed before")
     return parser.parse_args(arguments)
 
@@ -87,28 +116,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.retry_failed:
         results.forget_failures()
-    begun = time.monotonic()
     for environment in {row.environment.name: row.environment for row in rows}.values():
         results.add_installed(environment)
-    left = list(missing(wanted, rows, given.runs, results))
-    for done, (case, row) in enumerate(left):
-        if time.monotonic() - begun > given.limit_minutes * 60:
-            print(f"{len(left) - done} of {len(left)} runs are left; the same command goes on with them")
-            break
-        since = time.monotonic()
-        try:
-            figures = run(case, row, given.model, given.timeout_minutes * 60)
-            said = f"{figures[case.figure]:,.4g} {case.figure}"
-        except RunError as error:
-            figures, said = {"error": str(error)}, f"failed: {str(error).splitlines()[-1]}"
-        results.add(case.name, row.name, figures)
-        print(
-            f"{done + 1} of {len(left)}: {case.name}, {row.name}: {said} ({time.monotonic() - since:.0f} s)",
-            flush=True,
-        )
-    table = to_markdown(describe(results, given.runs), wanted, rows, results.runs, results.installed_bytes)
-    output.with_suffix(".md").write_text(table)
-    print(table)
+    workers = Workers(given.model, max(map(longest, cases((), given.scale))), given.timeout_minutes * 60)
+    try:
+        measure(list(missing(wanted, rows, given.runs, results)), workers, results, given.limit_minutes * 60)
+    finally:
+        workers.close()
+    report = to_markdown(
+        describe(results, given.runs), output.name, wanted, rows, results.runs, results.installed_bytes
+    )
+    output.with_suffix(".md").write_text(report)
+    draw(wanted, rows, results.runs, given.model, output.with_suffix(".svg"))
+    print(report)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The workloads as comparisons: what work, and which figure of it counts."""
+"""The workloads as comparisons: what work, which figure of it counts, and what is aimed at."""
 
 from __future__ import annotations
 
@@ -31,12 +31,63 @@ class Case:
         return self.name.split()[0]
 
     @property
-    def higher_is_better(self) -> bool:
-        return self.figure.endswith("_per_s")
-
-    @property
     def greedy(self) -> bool:
         return bool(self.requests[0]["temperature"] == 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """How many times better than the best of the others vattention is to be, in a figure of a workload."""
+
+    workload: str
+    figure: str
+    times: float
+
+
+AIMS = (
+    Aim("w1", "output_tokens_per_s", 1.3),
+    Aim("w2", "output_tokens_per_s", 1.25),
+    Aim("w2", "ttft_p50_s", 1.1),
+    Aim("w3", "ttft_p50_s", 1.1),
+    Aim("w4", "total_tokens_per_s", 1.1),
+    Aim("w5", "output_tokens_per_s", 1.3),
+    Aim("w6", "itl_p50_s", 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A figure of a case, as summaries have it."""
+
+    case: Case
+    aim: Aim
+
+    @property
+    def title(self) -> str:
+        return f"{self.case.name} {TITLES[self.aim.figure]}"
+
+
+TITLES = {
+    "output_tokens_per_s": "tokens/s",
+    "total_tokens_per_s": "tokens/s",
+    "ttft_p50_s": "TTFT, s",
+    "itl_p50_s": "ITL, s",
+}
+"""Figures in few words. Total tokens are those of prompts too."""
+
+
+def columns(cases: Sequence[Case]) -> list[Column]:
+    """A column for each aim of each case."""
+    return [Column(case, aim) for case in cases for aim in AIMS if aim.workload == case.workload]
+
+
+def longest(case: Case) -> int:
+    """Tokens of a case's longest prompt with its output."""
+    return max(len(request["prompt_token_ids"]) + int(request["max_tokens"]) for request in case.requests)
+
+
+def higher_is_better(figure: str) -> bool:
+    return figure.endswith("_per_s")
 
 
 def cases(only: Sequence[str], scale: float) -> list[Case]:

@@ -95,7 +95,14 @@ LLAMACPP = Environment(
 OPENVINO = Environment(
     "openvino",
     "openvino-genai",
-    requirements=("openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0", "torch==2.13.0"),
+    requirements=(
+        "openvino-genai==2026.4.1.0",
+        "optimum-intel==2.2.0",
+        # The exporter refuses Gemma 3 with transformers 5.
+        "transformers==4.57.6",
+        "nncf==3.4.0",
+        "torch==2.13.0",
+    ),
     # As for vLLM: a build for CUDA, which does not load beside torch for processors.
     uninstalled=("torchvision",),
 )

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from benchmarks.peers.environments import LLAMACPP, OPENVINO, TRANSFORMERS, VATTENTION, VLLM, Environment
 
 OURS = "vattention"
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "q8_0": 8, "int4": 4, "q4_k_m": 4}
+"""By the name of weights."""
+
+
+SHARED_PREFIX = frozenset({"w4"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,23 @@ class Row:
     workloads: frozenset[str] = frozenset()
     against: str = OURS
 
+    @property
+    def bits(self) -> int:
+        """Of a weight, which make rows comparable; scales beside them aside."""
+        return BITS[self.weights]
+
+    @property
+    def ours(self) -> bool:
+        return self.peer == OURS
+
+    @property
+    def prefix_cached(self) -> bool:
+        return self.workloads == SHARED_PREFIX
+
     def takes(self, workload: str) -> bool:
         return not self.workloads or workload in self.workloads
 
 
-SHARED_PREFIX = frozenset({"w4"})
 OURS_CACHED = "vattention, prefix cache"
 ENGINES = "benchmarks.peers.engines"
 

@@ -1,74 +1,14 @@
-"""Runs of an engine, each in a process of its own, and the file that keeps them."""
+"""The file that keeps all runs."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import models
-from benchmarks.peers.cases import Case, Figures
+from benchmarks.peers.cases import Figures
 from benchmarks.peers.environments import ROOT, Environment
-from benchmarks.peers.rows import Row
-from benchmarks.workloads import Request
-
-LAST_OF_MESSAGE = 1500
-"""Characters of a failed process's error output that are kept."""
-
-
-class RunError(Exception):
-    """An engine did not do the work; says why."""
-
-
-def run(case: Case, row: Row, model: str, timeout_s: float) -> Figures:
-    """One run of one row.
-
-    Raises:
-        RunError: the engine could not be run or failed.
-    """
-    try:
-        file = str(models.path(model, row.file))
-        command = [str(row.environment.python), "-m", row.module, file, *row.options]
-        return run_process(row.environment, command, case.requests, timeout_s)
-    except (models.ModelError, ValueError) as error:
-        raise RunError(str(error)) from error
-
-
-def run_process(
-    environment: Environment, command: Sequence[str], requests: list[Request], timeout_s: float
-) -> Figures:
-    """Run an engine's script.
-
-    Raises:
-        RunError: it did not end well; has the last of what it said.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        work, out = Path(folder, "requests.jsonl"), Path(folder, "figures.json")
-        work.write_text("".join(json.dumps(request) + "\n" for request in requests))
-        try:
-            done = subprocess.run(
-                [*command, "--requests", str(work), "--json", str(out)],
-                cwd=ROOT,
-                env=environment.run_variables(),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-                timeout=timeout_s,
-            )
-        except FileNotFoundError as error:
-            raise RunError(
-                f"{environment.name} is not installed; run python -m benchmarks.peers.install {environment.name}"
-            ) from error
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"took longer than {timeout_s / 60:.0f} minutes") from error
-        if done.returncode:
-            raise RunError(f"ended with {done.returncode}: {done.stderr[-LAST_OF_MESSAGE:].strip()}")
-        figures: Figures = json.loads(out.read_text())
-        return figures
 
 
 class Results:

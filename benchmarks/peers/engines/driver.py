@@ -1,4 +1,4 @@
-"""What every engine's script shares: read requests, run them cold, warm and measured, write figures.
+"""What every engine's script shares: read work, run it cold, warm and measured, write figures.
 
 A script runs in its engine's own environment, which has numpy but need not have torch, so nothing here imports it.
 """
@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +53,9 @@ class Engine(Protocol):
     @property
     def settings(self) -> dict[str, Any]:
         """What was set differently from the engine's defaults, for the figures."""
+
+    def prepare(self, load: Load) -> None:
+        """Get ready for work of this size, for an engine that is made for one; called before each workload."""
 
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         """Complete all requests, submitted at once; the n samples of each, in order."""
@@ -161,25 +166,59 @@ def _check(requests: Sequence[BenchRequest], outputs: Sequence[Sequence[Sample]]
             )
 
 
-def drive(build: Callable[[argparse.Namespace, Load], Engine], parser: argparse.ArgumentParser) -> None:
-    """The main function of an engine's script.
+def forget_peak() -> None:
+    """Let the peak of resident memory begin anew, from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def idle_cpu_share(idle_s: float) -> float:
+    """Seconds of processor time that this process uses per second of having nothing to do."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    time.sleep(idle_s)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return (after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime) / idle_s
+
+
+def do(engine: Engine, requests: Sequence[BenchRequest], idle_s: float, *, first: bool) -> dict[str, Any]:
+    """One workload, after a warm-up.
 
     Args:
-        parser: knows the engine's own options; the model, the work and the output are added here.
+        idle_s: seconds to measure having nothing to do in; not measured if 0.
+        first: of this process. The time to its first token is taken, and the peak of memory has the loading in it;
+            later ones have their own peak.
     """
-    parser.add_argument("model")
-    parser.add_argument("--requests", type=Path, required=True)
-    parser.add_argument("--json", type=Path, required=True)
-    arguments = parser.parse_args()
-    requests = parse_requests(arguments.requests.read_text().splitlines(), str(arguments.requests))
-    if not all(request.params.ignore_eos for request in requests):
-        raise SystemExit("every request needs ignore_eos, so that all engines generate the same number of tokens")
-    engine = build(arguments, Load.of(requests))
-    try:
+    engine.prepare(Load.of(requests))
+    cold_start = None
+    if first:
         engine.complete([cold_request(requests)])
         cold_start = process_age_s()
-        engine.complete(warm_up_requests(requests))
-        figures = measure(engine, requests)
+    else:
+        forget_peak()
+    engine.complete(warm_up_requests(requests))
+    figures = measure(engine, requests)
+    idle = {"idle_cpu_share": idle_cpu_share(idle_s)} if idle_s else {}
+    return {"cold_start_s": cold_start, **figures, **idle}
+
+
+def drive(build: Callable[[argparse.Namespace], Engine], parser: argparse.ArgumentParser) -> None:
+    """The main function of an engine's script: work comes in and figures go out as lines of JSON at input.
+
+    Args:
+        parser: knows the engine's own options; the model and the size of the work are added here.
+    """
+    parser.add_argument("model")
+    parser.add_argument("--longest", type=int, required=True, help="tokens of the longest prompt with its output")
+    engine = build(parser.parse_args())
+    try:
+        for number, line in enumerate(sys.stdin):
+            job = json.loads(line)
+            requests = parse_requests(map(json.dumps, job["requests"]), "the work")
+            if not all(request.params.ignore_eos for request in requests):
+                raise SystemExit(
+                    "every request needs ignore_eos, so that all engines generate the same number of tokens"
+                )
+            figures = do(engine, requests, job["idle_s"], first=number == 0)
+            # Input is a socket that is written to as well: libraries print to output.
+            os.write(sys.stdin.fileno(), json.dumps(figures).encode() + b"\n")
     finally:
         engine.close()
-    arguments.json.write_text(json.dumps({"cold_start_s": cold_start, **figures}, indent=2) + "\n")

@@ -7,12 +7,14 @@ chosen from the logits with numpy, which is quicker than llama.cpp's own sampler
 from __future__ import annotations
 
 import argparse
+import bisect
 import ctypes
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -57,11 +59,14 @@ class Slot:
 class LlamaCpp:
     packages = ("llama-cpp-python",)
 
-    def __init__(self, model: str, load: Load, slots: int, kv_type: str, share_prefix: bool) -> None:
-        self.settings = {"slots": slots, "kv_unified": False, "flash_attn": True, "share_prefix": share_prefix}
-        self._slots = slots
-        self._prefix_slot = slots if share_prefix else None
+    def __init__(self, model: str, slots: int, kv_type: str, share_prefix: bool) -> None:
+        self.settings: dict[str, Any] = {"kv_unified": False, "flash_attn": True, "share_prefix": share_prefix}
+        self._most_slots = slots
+        self._kv_type = kv_type
+        self._share_prefix = share_prefix
         self._rng = np.random.default_rng(0)
+        self._context: Any = None
+        self._memory: Any = None
         llama_cpp.llama_backend_init()
         self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
@@ -70,7 +75,17 @@ class LlamaCpp:
         self._model = llama_cpp.llama_model_load_from_file(model.encode(), model_params)
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {model}")
-        sequences = slots + share_prefix
+        self._num_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    def prepare(self, load: Load) -> None:
+        """A context of as many slots of such a length as the work wants."""
+        # Requests of one shape are a batch that is to run as one; among others, more slots than this cost more than
+        # they bring on a few cores.
+        self._slots = load.num_sequences if load.uniform else min(load.num_sequences, self._most_slots)
+        self.settings["slots"] = self._slots
+        self._prefix_slot = self._slots if self._share_prefix else None
+        sequences = self._slots + self._share_prefix
         per_slot = -(-(load.longest + 1) // SLOT_MULTIPLE) * SLOT_MULTIPLE
         params = llama_cpp.llama_context_default_params()
         params.n_seq_max = sequences
@@ -80,19 +95,19 @@ class LlamaCpp:
         params.n_outputs_max = sequences
         params.n_threads = params.n_threads_batch = num_threads()
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.type_k = params.type_v = KV_TYPES[self._kv_type]
         params.kv_unified = False
         params.swa_full = False
+        self._free_context()
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {sequences} sequences of {per_slot} tokens")
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._num_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
-        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         outputs = [[Sample() for _ in range(request.params.n)] for request in requests]
         queue = deque(zip(requests, outputs, strict=True))
+        # The lowest are taken first: sequences are computed together only where their numbers follow each other.
         free = list(range(self._slots))
         running: list[Slot] = []
         num_shared = self._compute_prefix(requests)
@@ -102,7 +117,7 @@ class LlamaCpp:
             self._step(running)
             for slot in [slot for slot in running if slot.done]:
                 running.remove(slot)
-                free.append(slot.number)
+                bisect.insort(free, slot.number)
                 llama_cpp.llama_memory_seq_rm(self._memory, slot.number, -1, -1)
             if not running and queue and queue[0][0].params.n > len(free):
                 raise ValueError(f"a request wants {queue[0][0].params.n} samples, but there are {len(free)} slots")
@@ -110,15 +125,20 @@ class LlamaCpp:
 
     def close(self) -> None:
         llama_cpp.llama_batch_free(self._batch)
-        llama_cpp.llama_free(self._context)
+        self._free_context()
         llama_cpp.llama_model_free(self._model)
 
+    def _free_context(self) -> None:
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context = None
+
     def _admit(self, request: BenchRequest, samples: list[Sample], free: list[int], num_shared: int) -> Slot:
-        number = free.pop()
+        number = free.pop(0)
         if num_shared:
             llama_cpp.llama_memory_seq_cp(self._memory, self._prefix_slot, number, -1, -1)
         slot = Slot(number, request, samples[0], list(request.prompt_token_ids[num_shared:]), num_shared)
-        slot.forks = [(free.pop(), sample) for sample in samples[1:]]
+        slot.forks = [(free.pop(0), sample) for sample in samples[1:]]
         return slot
 
     def _compute_prefix(self, requests: Sequence[BenchRequest]) -> int:
@@ -139,7 +159,7 @@ class LlamaCpp:
         """One batch: a token of every decoding slot, then as much of the prompts as fits."""
         self._batch.n_tokens = 0
         ready: list[tuple[Slot, int]] = []
-        for slot in sorted(running, key=lambda slot: not slot.decoding):
+        for slot in sorted(running, key=lambda slot: (not slot.decoding, slot.number)):
             chunk = slot.waiting[: BATCH_TOKENS - self._batch.n_tokens]
             if not chunk:
                 continue
@@ -190,11 +210,8 @@ class LlamaCpp:
         return [int(token) for token in np.searchsorted(cumulated, draws)]
 
 
-def build(arguments: argparse.Namespace, load: Load) -> LlamaCpp:
-    # Requests of one shape are a batch that is to run as one; among others, more slots than this cost more than
-    # they bring on a few cores.
-    slots = load.num_sequences if load.uniform else min(load.num_sequences, arguments.slots)
-    return LlamaCpp(arguments.model, load, slots, arguments.kv_type, arguments.share_prefix)
+def build(arguments: argparse.Namespace) -> LlamaCpp:
+    return LlamaCpp(arguments.model, arguments.slots, arguments.kv_type, arguments.share_prefix)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class OpenVino:
         self._pipeline = genai.ContinuousBatchingPipeline(model, config, "CPU", properties)
         self._num_submitted = 0
 
+    def prepare(self, load: Load) -> None: ...
+
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         outputs: list[dict[int, Sample]] = [{} for _ in requests]
         handles = [self._submit(request) for request in requests]
@@ -68,7 +70,7 @@ class OpenVino:
         return self._pipeline.add_request(self._num_submitted, ids, config)
 
 
-def build(arguments: argparse.Namespace, _load: Load) -> OpenVino:
+def build(arguments: argparse.Namespace) -> OpenVino:
     return OpenVino(arguments.model, arguments.kv_precision, arguments.prefix_caching)
 
 

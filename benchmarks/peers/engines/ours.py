@@ -22,6 +22,8 @@ class Ours:
         self.settings = settings
         self._engine = LLMEngine.from_config(EngineConfig(model=model, skip_tokenizer_init=True, **settings))
 
+    def prepare(self, load: Load) -> None: ...
+
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         outputs = [[Sample() for _ in range(request.params.n)] for request in requests]
         for index, request in enumerate(requests):
@@ -43,7 +45,7 @@ class Ours:
         self._engine.close()
 
 
-def build(arguments: argparse.Namespace, _load: Load) -> Ours:
+def build(arguments: argparse.Namespace) -> Ours:
     return Ours(
         arguments.model,
         {"kv_layout": arguments.kv_layout, "enable_prefix_caching": arguments.prefix_caching},

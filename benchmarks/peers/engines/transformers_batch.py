@@ -22,11 +22,13 @@ class ContinuousBatches:
 
     packages = ("transformers", "torch")
 
-    def __init__(self, model: Any, load: Load) -> None:
-        # Left open, the number of blocks is made to fill a share of the machine's memory.
-        num_blocks = load.num_sequences * (load.longest // PAGE_TOKENS + 2)
-        self.settings = {"num_blocks": num_blocks, "page_size": PAGE_TOKENS, "max_batch_tokens": 2048}
+    def __init__(self, model: Any) -> None:
+        self.settings: dict[str, Any] = {"page_size": PAGE_TOKENS, "max_batch_tokens": 2048}
         self._model = model
+
+    def prepare(self, load: Load) -> None:
+        # Left open, the number of blocks is made to fill a share of the machine's memory.
+        self.settings["num_blocks"] = load.num_sequences * (load.longest // PAGE_TOKENS + 2)
 
     @torch.no_grad()
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
@@ -74,9 +76,9 @@ def _sample(result: Any) -> Sample:
     return Sample(list(result.generated_tokens), list(result.timestamps))
 
 
-def build(arguments: argparse.Namespace, load: Load) -> ContinuousBatches:
+def build(arguments: argparse.Namespace) -> ContinuousBatches:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto", attn_implementation="sdpa").eval()
-    return ContinuousBatches(model, load)
+    return ContinuousBatches(model)
 
 
 if __name__ == "__main__":

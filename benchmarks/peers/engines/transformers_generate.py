@@ -41,6 +41,8 @@ class PaddedBatches:
         self._model = model
         self._batch_size = batch_size
 
+    def prepare(self, load: Load) -> None: ...
+
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         if len({(request.params.n, request.params.temperature) for request in requests}) != 1:
             raise ValueError("one padded batch has one n and one temperature; these requests differ")
@@ -85,7 +87,7 @@ class PaddedBatches:
         ]
 
 
-def build(arguments: argparse.Namespace, _load: Load) -> PaddedBatches:
+def build(arguments: argparse.Namespace) -> PaddedBatches:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").eval()
     return PaddedBatches(model, arguments.batch_size)
 

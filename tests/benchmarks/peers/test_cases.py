@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.peers.cases import cases
+from benchmarks.peers.cases import cases, columns, higher_is_better, longest
 
 
 def test_all_workloads_are_cases_and_only_takes_some() -> None:
@@ -27,4 +27,15 @@ def test_scale_takes_fewer_requests_and_not_shorter_ones() -> None:
 def test_decoding_is_judged_by_the_time_between_tokens() -> None:
     (case,) = [case for case in cases((), 1.0) if case.name == "w6 16x1024"]
     assert case.figure == "itl_p50_s"
-    assert not case.higher_is_better
+    assert not higher_is_better(case.figure)
+
+
+def test_a_single_stream_has_two_columns() -> None:
+    titles = [column.title for column in columns(cases((), 0.25))]
+    assert titles[:3] == ["w1 tokens/s", "w2 tokens/s", "w2 TTFT, s"]
+    assert titles[-1] == "w6 16x1024 ITL, s"
+    assert len(titles) == 6 + 6
+
+
+def test_the_longest_is_counted_with_its_output() -> None:
+    assert max(map(longest, cases((), 0.25))) == 4096 + 16

@@ -1,43 +1,62 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.peers.__main__ import missing, turns
+from benchmarks.peers.__main__ import measure, missing, turns
 from benchmarks.peers.cases import Case
-from benchmarks.peers.environments import TRANSFORMERS, Environment
 from benchmarks.peers.installed import installed_nbytes
-from benchmarks.peers.rows import ROWS
-from benchmarks.peers.runs import Results, RunError, run_process
+from benchmarks.peers.rows import ROWS, Row
+from benchmarks.peers.runs import Results
+from benchmarks.peers.worker import RunError
+from benchmarks.peers.workers import Workers
 
 CASE = Case("w2", "output_tokens_per_s", [])
-
-
-def test_a_process_that_fails_says_why() -> None:
-    with pytest.raises(RunError, match=r"ended with 1: .*No module named no_such_module"):
-        run_process(TRANSFORMERS, [sys.executable, "-m", "no_such_module"], [], timeout_s=60)
-    absent = Environment("absent", "absent", requirements=("absent",))
-    with pytest.raises(RunError, match=r"absent is not installed; run python -m benchmarks\.peers\.install absent"):
-        run_process(absent, [str(absent.python)], [], timeout_s=60)
-    with pytest.raises(RunError, match="took longer"):
-        run_process(TRANSFORMERS, [sys.executable, "-c", "import time; time.sleep(60)"], [], timeout_s=0.2)
 
 
 def test_a_comparison_goes_on_where_it_stopped(tmp_path: Path) -> None:
     rows = [row for row in ROWS if row.name in ("vattention", "vattention, sliced", "vattention, prefix cache")]
     results = Results(tmp_path / "runs.json", {"model": "demo"})
     wanted = [(row.name, number) for number in range(2) for row in turns(number, rows) if row.takes("w2")]
-    assert [row.name for _, row in missing([CASE], rows, 2, results)] == [name for name, _ in wanted]
+    assert [row.name for _, _, row in missing([CASE], rows, 2, results)] == [name for name, _ in wanted]
     for name, _ in wanted[:1]:
         results.add("w2", name, {"error": "broken"})
     again = Results(tmp_path / "runs.json", {"model": "demo"})
-    assert [row.name for _, row in missing([CASE], rows, 2, again)] == [name for name, _ in wanted[1:]]
+    assert [row.name for _, _, row in missing([CASE], rows, 2, again)] == [name for name, _ in wanted[1:]]
     again.forget_failures()
     assert len(list(missing([CASE], rows, 2, again))) == len(wanted)
     with pytest.raises(ValueError, match="choose another --output"):
         Results(tmp_path / "runs.json", {"model": "llama-1b"})
+
+
+class Fakes(Workers):
+    """Workers without processes: the second row always fails."""
+
+    def __init__(self) -> None:
+        super().__init__("demo", 1, 1.0)
+        self.seen: list[str] = []
+
+    def run(self, _case: Case, row: Row) -> dict[str, Any]:
+        self.seen.append(row.name)
+        if row is ROWS[1]:
+            raise RunError("Traceback\nbroken")
+        return {CASE.figure: 1.0}
+
+    def close(self) -> None:
+        self.seen.append("closed")
+
+
+def test_a_round_begins_with_new_processes_and_ends_when_time_is_over(tmp_path: Path) -> None:
+    results, workers = Results(tmp_path / "runs.json", {}), Fakes()
+    left = list(missing([CASE], ROWS[:2], 2, results))
+    measure(left, workers, results, limit_s=0.0)
+    assert workers.seen == []
+    measure(left, workers, results, limit_s=60.0)
+    assert workers.seen == [ROWS[0].name, ROWS[1].name, "closed", ROWS[0].name, ROWS[1].name]
+    assert results.runs("w2", ROWS[0].name) == [{CASE.figure: 1.0}] * 2
+    assert results.runs("w2", ROWS[1].name) == [{"error": "Traceback\nbroken"}] * 2
 
 
 def test_turns_change_from_run_to_run() -> None:

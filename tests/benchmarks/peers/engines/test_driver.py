@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.peers.engines.driver import Load, Sample, drive, measure, process_age_s
+from benchmarks.peers.engines.driver import Load, Sample, do, measure, process_age_s
 from tests.benchmarks.peers.engines.requests import request
 from vattention.bench.workload import BenchRequest
 
@@ -21,7 +18,11 @@ class Counting:
     def __init__(self, short_by: int = 0) -> None:
         self.settings: dict[str, Any] = {"knob": 1}
         self.seen: list[list[BenchRequest]] = []
+        self.prepared: list[Load] = []
         self._short_by = short_by
+
+    def prepare(self, load: Load) -> None:
+        self.prepared.append(load)
 
     def complete(self, requests: Sequence[BenchRequest]) -> list[list[Sample]]:
         self.seen.append(list(requests))
@@ -60,13 +61,24 @@ def test_load_says_what_engines_must_know_beforehand() -> None:
     assert Load.of([request(5, 4)] * 2).uniform
 
 
-def test_a_run_begins_cold_then_warms_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_begins_cold_and_each_workload_with_a_warm_up() -> None:
     engine = Counting()
-    work, out = tmp_path / "work.jsonl", tmp_path / "out.json"
-    line = {"prompt_token_ids": list(range(3, 303)), "max_tokens": 50, "ignore_eos": True}
-    work.write_text(f"{json.dumps(line)}\n" * 10)
-    monkeypatch.setattr("sys.argv", ["script", "model", "--requests", str(work), "--json", str(out)])
-    drive(lambda _arguments, _load: engine, argparse.ArgumentParser())
+    work = [request(300, 50)] * 10
+    first = do(engine, work, 0.0, first=True)
     shapes = [[(len(one.prompt_token_ids), one.params.max_tokens) for one in seen] for seen in engine.seen]
     assert shapes == [[(16, 1)], [(128, 4)] * 4, [(300, 50)] * 10]
-    assert 0 < json.loads(out.read_text())["cold_start_s"] <= process_age_s()
+    assert 0 < first["cold_start_s"] <= process_age_s()
+    assert "idle_cpu_share" not in first
+    second = do(engine, work, 0.05, first=False)
+    assert [len(seen) for seen in engine.seen[3:]] == [4, 10]
+    assert second["cold_start_s"] is None
+    assert 0 <= second["idle_cpu_share"] < 20
+    assert engine.prepared == [Load(350, 10, uniform=True)] * 2
+
+
+def test_a_later_workload_has_a_peak_of_its_own() -> None:
+    do(Counting(), [request(5, 4)], 0.0, first=True)
+    page = bytearray(64 * 2**20)
+    before = do(Counting(), [request(5, 4)], 0.0, first=False)["peak_rss_bytes"]
+    del page
+    assert do(Counting(), [request(5, 4)], 0.0, first=False)["peak_rss_bytes"] < before - 32 * 2**20

@@ -33,7 +33,7 @@ def load(checkpoint: Path) -> Any:
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "ours": lambda path: Ours(str(path), {"kv_memory": "16MiB"}),
     "padded": lambda path: PaddedBatches(load(path), batch_size=2),
-    "continuous": lambda path: ContinuousBatches(load(path), Load(64, 8, uniform=False)),
+    "continuous": lambda path: ContinuousBatches(load(path)),
 }
 
 
@@ -50,6 +50,7 @@ older_transformers = pytest.mark.skipif(
 @pytest.mark.parametrize("name", ["ours", "padded", pytest.param("continuous", marks=older_transformers)])
 def test_engines_complete_requests_of_different_lengths(name: str, checkpoint: Path) -> None:
     engine = ENGINES[name](checkpoint)
+    engine.prepare(Load(64, 8, uniform=False))
     try:
         outputs = engine.complete(REQUESTS)
         assert [[len(sample.token_ids) for sample in samples] for samples in outputs] == [[4], [2], [1]]
