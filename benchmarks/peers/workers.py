@@ -40,7 +40,10 @@ class Workers:
         self._make_room(row)
         worker = self._open.pop(row.name, None) or self._start(row)
         figures = worker.run(case.requests, self._timeout_s, IDLE_S if case.workload == IDLE_WORKLOAD else 0.0)
-        self._open[row.name] = worker
+        if row.workloads == {case.workload}:
+            worker.close()
+        else:
+            self._open[row.name] = worker
         if figures["cold_start_s"] is not None:
             self._starts_s[row.name] = figures["cold_start_s"]
         return figures

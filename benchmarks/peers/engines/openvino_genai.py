@@ -12,9 +12,8 @@ import openvino
 import openvino_genai as genai
 
 from benchmarks.peers.engines.driver import Load, Sample, drive, num_threads, num_wanted
+from benchmarks.peers.environments import KV_CACHE_GB
 from vattention.bench.workload import BenchRequest
-
-CACHE_GB = 4
 
 
 class OpenVino:
@@ -22,7 +21,7 @@ class OpenVino:
 
     def __init__(self, model: str, kv_precision: str, prefix_caching: bool) -> None:
         scheduling = {
-            "cache_size": CACHE_GB,
+            "cache_size": KV_CACHE_GB,
             "max_num_batched_tokens": 2048,
             "enable_prefix_caching": prefix_caching,
         }
