@@ -1,0 +1,102 @@
+"""Decode attention of one layer over contiguous slots and over blocks, by every kernel that runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+
+from benchmarks.gpu.machine import GRAPH_COPIES_NBYTES, Machine, Table
+from vattention.attention.kernel import RaggedBatch
+from vattention.attention.registry import KERNELS
+from vattention.core import AttentionSpec, Chunk
+from vattention.kv.manager import CacheView, LayerView, PagedLayerView
+
+SPEC = AttentionSpec(32, 8, 128, 128, 128**-0.5)
+"""Llama 3 8B's layers."""
+
+BATCHES = (1, 8, 64)
+CONTEXTS = (1024, 8192, 32768, 196608)
+BLOCK_SIZES = (16, 64, 256)
+SLOW = ("eager", "gathered", "sdpa")
+"""One call per sequence: not worth the time where there are many."""
+MOST_COPIES = 32
+
+
+def measure(machine: Machine) -> Table:
+    cases = ((1, 256), (2, 256)) if machine.tiny else tuple(product(BATCHES, CONTEXTS))
+    rows = [row for batch, context in cases for row in _case(machine, batch, context)]
+    return Table(
+        "Decode attention, one layer of Llama 3 8B: contiguous slots take at most 0.97 of blocks' time", rows
+    )
+
+
+def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, object]]:
+    token_nbytes = SPEC.num_kv_heads * (SPEC.key_dim + SPEC.value_dim) * machine.dtype.itemsize
+    nbytes = num_seqs * context * token_nbytes
+    if nbytes > machine.free_nbytes * 0.6:
+        return
+    copies = 1 if machine.tiny else max(1, min(MOST_COPIES, GRAPH_COPIES_NBYTES // nbytes))
+    shape = copies * num_seqs, context, SPEC.num_kv_heads, SPEC.key_dim
+    keys, values = (torch.empty(shape, dtype=machine.dtype, device=machine.device).normal_() for _ in "kv")
+    query = torch.randn(num_seqs, SPEC.num_heads, SPEC.key_dim, dtype=machine.dtype, device=machine.device)
+    times: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for label, view in _views(keys, values):
+        for name, kernel in KERNELS.items():
+            if not isinstance(view, kernel.reads) or kernel.unsupported(SPEC, view) is not None:
+                continue
+            if name in SLOW and (name == "eager" or num_seqs > 8):
+                continue
+            try:
+                times[f"{name}{label}"] = _time(machine, name, view, query, copies)
+            except Exception as error:  # one kernel's trouble is a finding, and the others are to be measured
+                failed[f"{name}{label}"] = repr(error)
+    slots = {name: s for name, s in times.items() if " of " not in name}
+    blocks = {name: s for name, s in times.items() if " of " in name}
+    if slots and blocks:
+        slot, block = min(slots, key=slots.__getitem__), min(blocks, key=blocks.__getitem__)
+        yield {
+            "batch": num_seqs,
+            "context": context,
+            "slots": slot,
+            "slots, µs": slots[slot] * 1e6,
+            "GB/s": nbytes / slots[slot] / 1e9,
+            "of copy": nbytes / slots[slot] / machine.copy_nbytes_per_s,
+            "blocks": block,
+            "blocks, µs": blocks[block] * 1e6,
+            "slots ÷ blocks": slots[slot] / blocks[block],
+            "times, µs": {name: s * 1e6 for name, s in times.items()},
+            "failed": failed,
+        }
+
+
+def _views(keys: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[str, CacheView]]:
+    """The same memory as slots and as blocks in random order."""
+    yield "", LayerView(keys, values)
+    num_slots, context = keys.shape[:2]
+    for size in BLOCK_SIZES:
+        in_blocks = -1, size, *keys.shape[2:]
+        order = torch.randperm(num_slots * context // size, device=keys.device).to(torch.int32)
+        tables = order.view(num_slots, context // size)
+        yield f" of {size}", PagedLayerView(keys.view(in_blocks), values.view(in_blocks), tables)
+
+
+def _time(machine: Machine, name: str, view: CacheView, query: torch.Tensor, copies: int) -> float:
+    num_seqs, last = len(query), _context(view) - 1
+    batches = [
+        RaggedBatch.of([Chunk(copy * num_seqs + i, last, [0], 0) for i in range(num_seqs)], machine.device)
+        for copy in range(copies)
+    ]
+
+    def call(batch: RaggedBatch) -> torch.Tensor:
+        return KERNELS[name](query, view, batch, SPEC, None)
+
+    with torch.inference_mode():
+        return machine.seconds_each([partial(call, batch) for batch in batches])
+
+
+def _context(view: CacheView) -> int:
+    return view.tables.shape[1] * view.block_size if isinstance(view, PagedLayerView) else view.keys.shape[1]

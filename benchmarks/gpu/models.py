@@ -1,0 +1,126 @@
+"""Models of known shapes with random weights, served on the device that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from benchmarks.gpu.machine import Machine
+from vattention.config import EngineConfig
+from vattention.engine.engine import LLMEngine
+from vattention.engine.parts import Parts
+from vattention.kv.build import create_manager
+from vattention.kv.manager import KVManager
+from vattention.model.probe import probe
+from vattention.model.rope import fix_rope
+from vattention.model.runner import ModelRunner
+
+LLAMA = "Llama 3 8B"
+QWEN = "Qwen3 0.6B"
+
+_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "head_dim": 16}
+_SHAPES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    LLAMA: (
+        LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "vocab_size": 128256,
+            "head_dim": 128,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
+    QWEN: (
+        Qwen3Config,
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "vocab_size": 151936,
+            "head_dim": 128,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+
+def random_model(shape: str, machine: Machine) -> PreTrainedModel:
+    kind, options = _SHAPES[shape]
+    if machine.tiny:
+        options = {**options, **_TINY, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = kind(**options, max_position_embeddings=2**17)
+    with machine.device:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
+    return model.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model over a cache of its own."""
+
+    model: PreTrainedModel
+    manager: KVManager
+    runner: ModelRunner
+    parts: Parts
+
+    @property
+    def weights_nbytes(self) -> int:
+        """Read by a decode step: an embedding table that is not the output layer too is not."""
+        tables = self.model.get_input_embeddings().weight
+        tied = self.model.get_output_embeddings().weight is tables
+        nbytes: int = sum(p.nbytes for p in self.model.parameters())
+        return nbytes if tied else nbytes - int(tables.nbytes)
+
+    @property
+    def token_nbytes(self) -> int:
+        """Of one token's keys and values in all layers."""
+        size = self.model.dtype.itemsize
+        return sum(size * s.num_kv_heads * (s.key_dim + s.value_dim) for s in self.parts.cache_specs)
+
+
+@contextmanager
+def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_len: int) -> Iterator[Served]:
+    fix_rope(model, max_len)
+    attention = probe(model)
+    specs = attention.cache_specs
+    manager = create_manager(config, specs, dtype=machine.dtype, device=str(machine.device), max_len=max_len)
+    try:
+        runner = ModelRunner(model, attention, manager, config.attention)
+        try:
+            parts = Parts(
+                name=config.model,
+                manager=manager,
+                runner=runner,
+                tokenizer=None,
+                vocab_size=model.config.vocab_size,
+                max_model_len=max_len,
+                end_token_ids=frozenset(),
+                default_sampling={},
+                cache_specs=specs,
+            )
+            yield Served(model, manager, runner, parts)
+        finally:
+            runner.close()
+    finally:
+        machine.wait()
+        manager.close()
+
+
+@contextmanager
+def engine(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_len: int) -> Iterator[LLMEngine]:
+    with served(machine, model, config, max_len) as running:
+        yield LLMEngine(config, running.parts)
+
+
+def configured(machine: Machine, **options: Any) -> EngineConfig:
+    """Options of an engine, with little memory where the machine is only tried."""
+    return EngineConfig(model="random", kv_memory="256MiB" if machine.tiny else None, **options)

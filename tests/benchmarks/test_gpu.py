@@ -1,0 +1,68 @@
+"""The GPU benchmark's code, tried on a processor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.machine import Machine, Table
+
+
+def test_every_part_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--tiny", "--json", str(report)])
+    parts = json.loads(report.read_text())["parts"]
+    assert list(parts) == list(gpu.PARTS)
+    printed = capsys.readouterr().out
+    for name, part in parts.items():
+        assert "failed" not in part, part["failed"]
+        assert part["rows"], name
+        assert f"### {part['title']}" in printed
+        assert not any(row.get("failed") for row in part["rows"])
+
+
+def fails(machine: Machine) -> Table:
+    raise ValueError("not today")
+
+
+def works(machine: Machine) -> Table:
+    return Table("An aim", [{"figure": 1.5, "more": {"a": 1}}])
+
+
+def test_a_failed_part_is_done_again_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "gpu.json"
+    call = ["--device", "cpu", "--tiny", "--json", str(report)]
+    monkeypatch.setattr(gpu, "PARTS", {"first": fails, "second": works})
+    gpu.main(call)
+    assert "not today" in capsys.readouterr().out
+    found = json.loads(report.read_text())["parts"]
+    assert "not today" in found["first"]["failed"]
+    assert found["second"]["rows"] == [{"figure": 1.5, "more": {"a": 1}}]
+    monkeypatch.setattr(gpu, "PARTS", {"first": works, "second": fails})
+    gpu.main(call)
+    found = json.loads(report.read_text())["parts"]
+    assert all("failed" not in part for part in found.values())
+    gpu.main([*call, "--only", "second"])
+    assert "failed" in json.loads(report.read_text())["parts"]["second"]
+
+
+def test_no_part_is_begun_too_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "PARTS", {"first": works})
+    gpu.main(["--device", "cpu", "--tiny", "--seconds", "0"])
+    assert capsys.readouterr().out == "first: left for another run, 0 s are over\n"
+
+
+def test_a_table_shows_figures() -> None:
+    rows: list[dict[str, object]] = [
+        {"name": "a", "rate": 12345.6, "share": 0.12345, "all": {"x": 1}, "none": None}
+    ]
+    lines = Table("An aim", rows).markdown().splitlines()
+    assert lines[0] == "### An aim"
+    assert lines[2] == "| name | rate | share | none |"
+    assert lines[4] == "| a | 12,346 | 0.123 |  |"
+    assert "nothing was measured" in Table("An aim", []).markdown()
