@@ -229,6 +229,21 @@ class TestRefusal:
         assert isinstance(model[0], CentredRMSNorm)
 
     @needs_kernels
+    def test_modules_in_other_memory_stay(self) -> None:
+        class SomeRMSNorm(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.ones(64))
+                self.variance_epsilon = 1e-6
+
+            def forward(self, hidden_states: Tensor) -> Tensor:
+                raise AssertionError("no kernel for processors may be tried")
+
+        model = nn.Sequential(SomeRMSNorm(), nn.Linear(64, 64)).to("meta").requires_grad_(False)
+        optimize(model)
+        assert isinstance(model[0], SomeRMSNorm)
+        assert type(model[1]) is nn.Linear
+
     def test_another_activation_leaves_the_block(self, monkeypatch: pytest.MonkeyPatch) -> None:
         force(monkeypatch, NativeLinear)
         model: nn.Module = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act="relu")).eval()

@@ -41,7 +41,10 @@ class FusedRMSNorm(nn.Module):
 
     @classmethod
     def guesses(cls, kernels: Kernels, norm: nn.Module) -> Iterator[FusedRMSNorm]:
-        """Replacements of which one may be right: models scale by the weight or, as Gemma does, by weight + 1."""
+        """Replacements of a norm in processor memory, of which one may be right.
+
+        Models scale by the weight or, as Gemma does, by weight + 1.
+        """
         weight = getattr(norm, "weight", None)
         epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if (
@@ -49,6 +52,7 @@ class FusedRMSNorm(nn.Module):
             and isinstance(weight, nn.Parameter)
             and weight.dim() == 1
             and weight.dtype in kernels.dtypes
+            and weight.device.type == "cpu"
             and len(list(norm.parameters())) == 1
             and isinstance(epsilon, float)
             and len(inspect.signature(norm.forward).parameters) == 1
