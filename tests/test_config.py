@@ -38,6 +38,7 @@ def test_what_swap_space_cannot_be(text: str) -> None:
         ({"kv": "reserved", "enable_prefix_caching": True}, "memory that can be shared"),
         ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
         ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
+        ({"quantization": "int3"}, "quantization='int3' is not known; there are 'int8', 'int4'"),
     ],
 )
 def test_managers_and_their_options_are_checked(options: dict[str, Any], message: str) -> None:

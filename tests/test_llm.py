@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -172,3 +172,22 @@ def test_a_conversation_on_disk_outlives_its_llm(folder: Path, tmp_path: Path) -
             assert output.finished
             assert (output.prompt, output.prompt_token_ids) == (whole.prompt, whole.prompt_token_ids)
             assert output.outputs == whole.outputs
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_whoever_manages_the_memory(
+    folder: Path, quantization: Literal["int8", "int4"], tmp_path: Path
+) -> None:
+    prompts = ["hello", "a longer prompt, to share", "a longer prompt, to share and to go on from"]
+    texts = []
+    for kv in ("virtual", "paged", "reserved"):
+        options: dict[str, Any] = {"dtype": "float32", "max_num_seqs": 2, "kv_memory": "64MiB", "kv": kv}
+        with LLM(str(folder), quantization=quantization, **options) as quantized:
+            first = quantized.generate(prompts, GREEDY, use_tqdm=False)
+            again = quantized.generate(prompts[::-1], GREEDY, use_tqdm=False)[::-1]
+            texts += [[output.outputs[0].token_ids for output in outputs] for outputs in (first, again)]
+            path = tmp_path / kv
+            quantized.suspend(first[1], path)
+    assert texts == texts[:1] * 6
+    with LLM(str(folder), dtype="float32", kv_memory="64MiB") as whole, pytest.raises(RequestError, match="model"):
+        whole.resume(path)

@@ -58,10 +58,22 @@ class Row:
 
 
 OURS_CACHED = "vattention, prefix cache"
+OURS_INT8, OURS_INT4 = "vattention, int8", "vattention, int4"
 ENGINES = "benchmarks.peers.engines"
 
 
-def _llamacpp(weights: str, file: str) -> Row:
+def _quantized(name: str, weights: str) -> Row:
+    return Row(
+        name,
+        "vattention",
+        VATTENTION,
+        f"{ENGINES}.ours",
+        weights=weights,
+        options=("--quantization", weights),
+    )
+
+
+def _llamacpp(weights: str, file: str, against: str = OURS) -> Row:
     return Row(
         f"llama.cpp, {weights}",
         "llamacpp",
@@ -70,10 +82,11 @@ def _llamacpp(weights: str, file: str) -> Row:
         weights=weights,
         kv="f16",
         file=file,
+        against=against,
     )
 
 
-def _openvino(name: str, weights: str, kv: str) -> Row:
+def _openvino(name: str, weights: str, kv: str, against: str = OURS) -> Row:
     return Row(
         name,
         "openvino",
@@ -83,6 +96,7 @@ def _openvino(name: str, weights: str, kv: str) -> Row:
         kv=kv,
         file=f"openvino-{weights}",
         options=("--kv-precision", kv),
+        against=against,
     )
 
 
@@ -103,6 +117,8 @@ ROWS = (
         options=("--prefix-caching",),
         workloads=SHARED_PREFIX,
     ),
+    _quantized(OURS_INT8, "int8"),
+    _quantized(OURS_INT4, "int4"),
     Row("transformers, generate", "transformers", TRANSFORMERS, f"{ENGINES}.transformers_generate"),
     Row("transformers, generate_batch", "transformers", TRANSFORMERS, f"{ENGINES}.transformers_batch"),
     Row("vLLM", "vllm", VLLM, f"{ENGINES}.vllm_cpu"),
@@ -116,8 +132,8 @@ ROWS = (
         against=OURS_CACHED,
     ),
     _llamacpp("bf16", "bf16.gguf"),
-    _llamacpp("q8_0", "q8_0.gguf"),
-    _llamacpp("q4_k_m", "q4_k_m.gguf"),
+    _llamacpp("q8_0", "q8_0.gguf", against=OURS_INT8),
+    _llamacpp("q4_k_m", "q4_k_m.gguf", against=OURS_INT4),
     Row(
         "llama.cpp, prefix copied",
         "llamacpp",
@@ -130,7 +146,7 @@ ROWS = (
         against=OURS_CACHED,
     ),
     _openvino("OpenVINO", "fp16", "bf16"),
-    _openvino("OpenVINO, int8", "int8", "u8"),
+    _openvino("OpenVINO, int8", "int8", "u8", against=OURS_INT8),
     Row(
         "OpenVINO, prefix cache",
         "openvino",

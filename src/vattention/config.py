@@ -61,6 +61,8 @@ class EngineConfig:
         model: "demo", a Hugging Face id, a local folder, or a GGUF file.
         tokenizer: a Hugging Face id or folder; the model's own by default.
         dtype: of weights and KV cache; "auto" takes the checkpoint's.
+        quantization: keep the weights of linear layers in "int8" or "int4" and compute with them as they are;
+            activations and KV cache stay in dtype. Off by default.
         max_model_len: longest prompt plus output in tokens; by default the model's own limit.
         max_num_seqs: most sequences that run at the same time, which is the number of slots.
         max_num_batched_tokens: most tokens in one forward pass; longer prompts are computed in chunks.
@@ -88,6 +90,7 @@ class EngineConfig:
     model: str
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["int8", "int4"] | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048
@@ -121,6 +124,8 @@ class EngineConfig:
             value, known = getattr(self, name), get_args(hints[name])
             if value not in known:
                 raise ConfigError(f"{name}={value!r} is not known; there are {', '.join(map(repr, known))}")
+        if self.quantization not in (None, "int8", "int4"):
+            raise ConfigError(f"quantization={self.quantization!r} is not known; there are 'int8', 'int4' and None")
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size must be 1 to {MAX_BLOCK_SIZE} tokens, not {self.block_size}")
         if self.enable_prefix_caching and self.kv == "reserved":

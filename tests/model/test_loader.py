@@ -286,3 +286,9 @@ def test_no_generation_config_json(folder: Path) -> None:
     generation = load_ids(folder).generation
     assert generation.eos_token_ids == {2}
     assert generation.sampling == {}
+
+
+def test_what_is_quantized_already_is_not_quantized_again(folder: Path) -> None:
+    rewrite(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ConfigError, match="quantized by gptq; leave quantization out"):
+        load_ids(folder, quantization="int8")

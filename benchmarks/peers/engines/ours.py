@@ -48,7 +48,11 @@ class Ours:
 def build(arguments: argparse.Namespace) -> Ours:
     return Ours(
         arguments.model,
-        {"kv_layout": arguments.kv_layout, "enable_prefix_caching": arguments.prefix_caching},
+        {
+            "kv_layout": arguments.kv_layout,
+            "enable_prefix_caching": arguments.prefix_caching,
+            "quantization": arguments.quantization,
+        },
     )
 
 
@@ -56,4 +60,5 @@ if __name__ == "__main__":
     options = argparse.ArgumentParser(description="Measure vattention.")
     options.add_argument("--kv-layout", default="per-layer")
     options.add_argument("--prefix-caching", action="store_true")
+    options.add_argument("--quantization")
     drive(build, options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
+from vattention.errors import ConfigError
 from vattention.kv.build import create_manager, create_swap_space
 from vattention.model.fingerprint import fingerprint
 from vattention.model.fused_layer import fuse_layers
@@ -16,6 +18,8 @@ from vattention.model.rope import fix_rope
 from vattention.model.runner import ModelRunner
 from vattention.model.verify import verify
 
+_log = logging.getLogger(__name__)
+
 
 def build(config: EngineConfig) -> Parts:
     """Load, optimise, probe and verify the model, and put a KV cache under it.
@@ -25,8 +29,22 @@ def build(config: EngineConfig) -> Parts:
     """
     loaded = load(config)
     swap_space = create_swap_space(config, str(loaded.model.device))
+    if config.quantization is not None and loaded.model.device.type != "cpu":
+        raise ConfigError(
+            f"quantization={config.quantization!r} is for models in processor memory, and this one is on "
+            f"{loaded.model.device}; leave quantization out"
+        )
     identity = fingerprint(loaded.model)
-    optimize(loaded.model)
+    if config.quantization is not None:
+        # Keys and values are those of other weights.
+        identity = f"{identity}-{config.quantization}"
+    report = optimize(loaded.model, config.quantization)
+    _log.info(
+        "weights: %.0f MiB%s, packed in %.1f s",
+        report.nbytes / 2**20,
+        f", linear layers in {config.quantization}" if config.quantization else "",
+        report.elapsed_s,
+    )
     fix_rope(loaded.model, loaded.max_model_len)
     attention = probe(loaded.model)
     fuse_layers(loaded.model, attention)

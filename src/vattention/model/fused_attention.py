@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattention.model.fused import FusedRMSNorm
-from vattention.model.linear import LinearMethod, is_plain_linear
+from vattention.model.linear import LinearMethod, is_plain_linear, standing_for
 from vattention.native import Kernels, NormedHeads, Rotation
 
 _log = logging.getLogger(__name__)
@@ -216,7 +216,8 @@ def fuse(
     fused = FusedAttention(kernels, module, parts, method, keywords)
     largest = 0.0
     for num_tokens in (1, 5, 33):
-        expected, expected_inputs, expected_keywords = _trial(module.forward, module, parts, num_tokens, notes)
+        with standing_for(fused.method, *parts):
+            expected, expected_inputs, expected_keywords = _trial(module.forward, module, parts, num_tokens, notes)
         result, inputs, keywords = _trial(fused, module, parts, num_tokens, notes)
         if not _same(keywords, expected_keywords):
             return None

@@ -11,6 +11,8 @@ import ctypes
 import math
 import mmap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar, Protocol, Self, TypeGuard
 
 import numpy as np
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vattention.native import Largest, LinearWeight, ScreenCopy, kernels
+from vattention.native import Largest, LinearWeight, ScreenCopy, WeightFormat, kernels
 
-_COLUMNS = 32
+COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
 _MOST_SCREENED = 1 << 16
@@ -38,10 +40,12 @@ class LinearMethod(Protocol):
 
     Attributes:
         name: for reports.
+        exact: whether the form holds the weight as it was given.
         nbytes: memory of the weight in this form.
     """
 
     name: ClassVar[str]
+    exact: ClassVar[bool]
     nbytes: int
 
     @classmethod
@@ -59,7 +63,7 @@ class LinearMethod(Protocol):
         ...
 
     def weight(self) -> Tensor:
-        """The weight [out, in] as it was given; a new tensor where the form differs."""
+        """The weight [out, in] as it was given, or what stands for it; a new tensor where the form differs."""
         ...
 
 
@@ -71,6 +75,7 @@ class TorchLinear:
     """
 
     name: ClassVar[str] = "torch"
+    exact: ClassVar[bool] = True
     widen_rows: ClassVar[int] = 32
     block_nbytes: ClassVar[int] = 4 << 20
 
@@ -121,6 +126,7 @@ class OneDnnLinear:
     """oneDNN's product with a weight reordered once instead of in each call."""
 
     name: ClassVar[str] = "onednn"
+    exact: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
@@ -154,6 +160,8 @@ class NativeLinear:
     """The kernel of native/linear.c: one packed copy of the weight, computed in float32 at any number of rows."""
 
     name: ClassVar[str] = "native"
+    exact: ClassVar[bool] = True
+    form: ClassVar[WeightFormat] = WeightFormat.PLAIN
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         library = kernels()
@@ -161,9 +169,12 @@ class NativeLinear:
             raise RuntimeError("the compiled kernels are not there; ask available() first")
         self._kernels = library
         self._num_out, self._num_in = weight.shape
-        self._panels = _pack(weight)
-        self._bias = None if bias is None else F.pad(bias.float(), (0, -self._num_out % _COLUMNS))
-        self._native = LinearWeight.of(self._panels, self._bias, self._num_out, self._num_in)
+        self._dtype = weight.dtype
+        self._panels = self._packed(weight)
+        self._bias = None if bias is None else F.pad(bias.float(), (0, -self._num_out % COLUMNS))
+        self._native = LinearWeight.of(
+            self._panels, self._bias, self._num_out, self._num_in, self._dtype, self.form
+        )
         self.nbytes = self._panels.nbytes
         self._screen: _Screen | None = None
 
@@ -176,10 +187,14 @@ class NativeLinear:
         library = kernels()
         return library is not None and dtype in library.dtypes
 
+    def _packed(self, weight: Tensor) -> Tensor:
+        """The weight as the compiled code takes it."""
+        return _panels_of(weight)
+
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != self._panels.dtype or x.shape[1] != self._num_in:
+        if x.dtype != self._dtype or x.shape[1] != self._num_in:
             raise RuntimeError(
-                f"x is {x.dtype} of {x.shape[1]} columns; the weight is {self._panels.dtype} of {self._num_in}"
+                f"x is {x.dtype} of {x.shape[1]} columns; the weight is {self._dtype} of {self._num_in}"
             )
         y = x.new_empty(x.shape[0], self._num_out)
         self.write(x, y)
@@ -191,7 +206,7 @@ class NativeLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._panels.dtype
+        return self._dtype
 
     @property
     def native(self) -> LinearWeight:
@@ -218,8 +233,8 @@ class NativeLinear:
     def screen(self) -> bool:
         """Keep a copy of the weight in 8 bits, so that `largest` reads half as much memory, with the same results.
 
-        Whether this was done: it takes a processor with the instructions, bfloat16, sums that fit into 32 bits, and
-        no bias.
+        Whether this was done: it takes a processor with the instructions, plain bfloat16, sums that fit into 32
+        bits, and no bias.
         """
         fits = self._num_in <= _MOST_SCREENED and self._bias is None and self._panels.dtype == torch.bfloat16
         if self._kernels.can_screen and fits:
@@ -229,7 +244,7 @@ class NativeLinear:
         return self._screen is not None
 
     def weight(self) -> Tensor:
-        rows = self._panels.transpose(1, 2).reshape(self._panels.shape[0] * _COLUMNS, -1)
+        rows = self._panels.transpose(1, 2).reshape(self._panels.shape[0] * COLUMNS, -1)
         return rows[: self._num_out, : self._num_in].contiguous()
 
 
@@ -241,10 +256,10 @@ class _Screen:
     """
 
     def __init__(self, num_out: int, num_in: int) -> None:
-        num_panels, num_steps = math.ceil(num_out / _COLUMNS), math.ceil(num_in / 64) * 16
-        self._numbers = _huge_empty(num_panels * num_steps * _COLUMNS * 4, torch.int8)
-        self._scales, self._errors = torch.empty(2, num_panels * _COLUMNS)
-        self._sums = torch.empty(num_panels * _COLUMNS, dtype=torch.int32)
+        num_panels, num_steps = math.ceil(num_out / COLUMNS), math.ceil(num_in / 64) * 16
+        self._numbers = huge_empty(num_panels * num_steps * COLUMNS * 4, torch.int8)
+        self._scales, self._errors = torch.empty(2, num_panels * COLUMNS)
+        self._sums = torch.empty(num_panels * COLUMNS, dtype=torch.int32)
         tensors = (self._numbers, self._scales, self._errors, self._sums)
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
         self._num_rests = 0
@@ -259,26 +274,26 @@ class _Screen:
         self._num_rests = _RESTS
 
 
-def _pack(weight: Tensor) -> Tensor:
+def _panels_of(weight: Tensor) -> Tensor:
     """Panels for linear.c, on huge pages where the system gives them: [ceil(out / 32), in, 32] float32 numbers, or
     [ceil(out / 32), ceil(in / 2), 32, 2] of bfloat16.
     """
     num_out, num_in = weight.shape
-    num_panels, width = math.ceil(num_out / _COLUMNS), 1 if weight.dtype == torch.float32 else 2
+    num_panels, width = math.ceil(num_out / COLUMNS), 1 if weight.dtype == torch.float32 else 2
     num_steps = math.ceil(num_in / width)
-    panels = _huge_empty(num_panels * num_steps * width * _COLUMNS, weight.dtype)
-    panels = panels.view(num_panels, num_steps, _COLUMNS, width)
-    whole = num_out // _COLUMNS
-    rest = F.pad(weight[whole * _COLUMNS :], (0, 0, 0, -num_out % _COLUMNS))
-    for part, rows in ((panels[:whole], weight[: whole * _COLUMNS]), (panels[whole:], rest)):
+    panels = huge_empty(num_panels * num_steps * width * COLUMNS, weight.dtype)
+    panels = panels.view(num_panels, num_steps, COLUMNS, width)
+    whole = num_out // COLUMNS
+    rest = F.pad(weight[whole * COLUMNS :], (0, 0, 0, -num_out % COLUMNS))
+    for part, rows in ((panels[:whole], weight[: whole * COLUMNS]), (panels[whole:], rest)):
         if len(part) and num_steps * width == num_in:
-            part.copy_(rows.view(-1, _COLUMNS, num_steps, width).transpose(1, 2))
+            part.copy_(rows.view(-1, COLUMNS, num_steps, width).transpose(1, 2))
         elif len(part):
-            part.copy_(F.pad(rows, (0, 1)).view(-1, _COLUMNS, num_steps, width).transpose(1, 2))
+            part.copy_(F.pad(rows, (0, 1)).view(-1, COLUMNS, num_steps, width).transpose(1, 2))
     return panels
 
 
-def _huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
+def huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor that starts at a cache line; a large one at a huge page, and asks for those.
 
     Streaming a weight through 4 KiB pages spends a tenth of the bandwidth on misses of the translation buffer.
@@ -306,6 +321,23 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
         and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and module.weight.numel() > 0
     )
+
+
+@contextmanager
+def standing_for(method: LinearMethod, *linears: nn.Linear) -> Iterator[None]:
+    """Inside the block, layers whose weights were packed as one have those that the packed form stands for."""
+    if method.exact:
+        yield
+        return
+    weights = torch.split(method.weight(), [linear.out_features for linear in linears])
+    originals = [linear.weight for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for linear, original in zip(linears, originals, strict=True):
+            linear.weight = original
 
 
 METHODS: tuple[type[LinearMethod], ...] = (TorchLinear, WideningLinear, OneDnnLinear, NativeLinear)

@@ -64,6 +64,7 @@ def load(config: EngineConfig) -> LoadedModel:
     check_weights(source)
     hf_config = _load_config(source, config)
     _check_causal(hf_config)
+    _check_precision(hf_config, config)
     text_config = hf_config.get_text_config(decoder=True)
     max_model_len = context_len(text_config, config.max_model_len)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(source, config)
@@ -135,6 +136,17 @@ def _check_causal(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(
             f"{made_for} is no causal language model: transformers {transformers.__version__} has none for "
             f"{type(text_config).__name__}"
+        )
+
+
+def _check_precision(hf_config: PreTrainedConfig, config: EngineConfig) -> None:
+    """Refuse to quantize what has been quantized: numbers packed by another program are none to start from."""
+    own = getattr(hf_config, "quantization_config", None)
+    if own is not None and config.quantization is not None:
+        method = own.get("quant_method", "some way") if isinstance(own, dict) else own.quant_method
+        raise ConfigError(
+            f"quantization={config.quantization!r} needs weights in full precision, and those of {config.model!r} "
+            f"are quantized by {method}; leave quantization out, or name the model that it was made from"
         )
 
 

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
 from vattention.model.fused_attention import Notes, Projections, fuse
 from vattention.model.hook import AttentionHook
-from vattention.model.linear import LinearMethod, PackedLinear, TorchLinear, fastest_method, is_plain_linear
+from vattention.model.linear import (
+    LinearMethod,
+    PackedLinear,
+    TorchLinear,
+    fastest_method,
+    is_plain_linear,
+    standing_for,
+)
+from vattention.model.quantized import QUANTIZATIONS, QuantizedEmbedding, QuantizedMethod, is_lookup
 from vattention.native import Kernels, kernels
 
 _log = logging.getLogger(__name__)
@@ -33,6 +41,9 @@ Two units in the last place of bfloat16 and float16; in float32 what another ord
 _ROTATED = 2
 """Times the tolerance for queries and keys: modules round them after their norm, both products and the sum."""
 
+_QUANTIZED = 2
+"""Times the tolerance where weights are quantized: what they stand for is itself rounded, to be compared."""
+
 _SAMPLED_OUTPUTS = 512
 _PROGRESS_DELAY_S = 2.0
 
@@ -45,6 +56,7 @@ class OptimizeReport:
         replaced: how many modules now run each way: a linear method's name, "attention", "gated mlp" or "rms norm".
         kept: linear layers that stay as they were because nothing here is faster.
         refused: names of modules whose replacement gave other results; they stay as they were.
+        nbytes: memory of all weights afterwards.
         copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share.
         peak_copied_nbytes: the most there was at any time, with originals about to be dropped.
         elapsed_s: time it took.
@@ -53,22 +65,28 @@ class OptimizeReport:
     replaced: dict[str, int]
     kept: int
     refused: tuple[str, ...]
+    nbytes: int
     copied_nbytes: int
     peak_copied_nbytes: int
     elapsed_s: float
 
 
 @torch.no_grad()
-def optimize(model: nn.Module) -> OptimizeReport:
+def optimize(model: nn.Module, quantization: str | None = None) -> OptimizeReport:
     """Replaces, in place, modules of a model in processor memory by faster ones that compute the same.
 
     These are linear layers, gated feed-forward blocks, root mean square norms and the way into attention, where
     they have no hooks. A weight is dropped once its packed form is there, unless other modules share it, as
     embeddings tied to the output layer do. The model serves inference only afterwards: replacements have no
     gradients, and packed weights are not part of its state dict.
+
+    Args:
+        quantization: one of `QUANTIZATIONS`: all linear layers that can be replaced get weights in fewer bits, and
+            an embedding tied to the output layer reads its copy. Replacements are then compared with the original
+            modules on what the quantized weights stand for.
     """
     begin = time.perf_counter()
-    optimizer = _Optimizer(model)
+    optimizer = _Optimizer(model, quantization)
     optimizer.run()
     return optimizer.report(time.perf_counter() - begin)
 
@@ -76,8 +94,11 @@ def optimize(model: nn.Module) -> OptimizeReport:
 class _Optimizer:
     """The state of one pass over a model."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, quantization: str | None) -> None:
         self._model = model
+        self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
+        self._leeway = 1 if quantization is None else _QUANTIZED
+        self._output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         self._kernels = kernels()
         modules = list(model.modules())
         self._num_holders = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
@@ -88,6 +109,7 @@ class _Optimizer:
         self._replaced: Counter[str] = Counter()
         self._kept = 0
         self._refused: list[str] = []
+        self._packed_nbytes = 0
         self._copied_nbytes = 0
         self._peak_copied_nbytes = 0
         self._progress = tqdm(total=len(modules), desc="packing weights", delay=_PROGRESS_DELAY_S, leave=False)
@@ -114,6 +136,7 @@ class _Optimizer:
             dict(self._replaced),
             self._kept,
             tuple(self._refused),
+            self._packed_nbytes + sum(parameter.nbytes for parameter in self._model.parameters()),
             self._copied_nbytes,
             self._peak_copied_nbytes,
             elapsed_s,
@@ -151,41 +174,80 @@ class _Optimizer:
         return self._rms_norm(self._kernels, module, name)
 
     def _method(self, num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
+        if self._quantization is not None:
+            return self._quantization.method(dtype)
         shape = (num_out, num_in, dtype)
         if shape not in self._methods:
             self._methods[shape] = fastest_method(*shape)
         return self._methods[shape]
 
     def _linear(self, linear: nn.Linear, name: str) -> nn.Module:
+        if self._quantization is not None:
+            quantized = self._quantization.method(linear.weight.dtype, is_output=linear is self._output)
+            return self._quantized(quantized, linear, name)
         method = self._method(linear.out_features, linear.in_features, linear.weight.dtype)
         if method is TorchLinear:
             self._kept += 1
             return linear
         replacement = PackedLinear.of(linear, method)
-        # An output layer over a whole vocabulary takes seconds the old way: more than one row see a sample of it.
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randperm(linear.out_features, generator=generator)[:_SAMPLED_OUTPUTS]
-        weight, bias = linear.weight[sample], None if linear.bias is None else linear.bias[sample]
         difference = max(
             largest_difference(replacement, linear, linear.in_features, linear.weight.dtype, rows=(1,)),
-            largest_difference(
-                lambda x: replacement(x)[:, sample],
-                lambda x: F.linear(x, weight, bias),
-                linear.in_features,
-                linear.weight.dtype,
-                rows=(5, 64),
-            ),
+            self._sampled_difference(replacement, linear, lambda sample: linear.weight[sample], rows=(5, 64)),
         )
-        if not self._accept(name, method.name, difference, linear.weight.dtype):
+        return self._packed(linear, replacement, name, difference)
+
+    def _quantized(self, method: type[QuantizedMethod], linear: nn.Linear, name: str) -> nn.Module:
+        packed = method.pack(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        replacement = PackedLinear(packed, linear.in_features, linear.out_features)
+        difference = self._sampled_difference(replacement, linear, packed.rows, rows=(1, 5, 64))
+        result = self._packed(linear, replacement, name, difference)
+        if linear is self._output and result is replacement:
+            self._tied(linear, packed)
+        return result
+
+    def _sampled_difference(
+        self,
+        replacement: PackedLinear,
+        linear: nn.Linear,
+        weights: Callable[[Tensor], Tensor],
+        rows: tuple[int, ...],
+    ) -> float:
+        """An output layer over a whole vocabulary takes seconds the old way: many rows see a sample of it."""
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randperm(linear.out_features, generator=generator)[:_SAMPLED_OUTPUTS]
+        weight, bias = weights(sample), None if linear.bias is None else linear.bias[sample]
+        return largest_difference(
+            lambda x: replacement(x)[:, sample],
+            lambda x: F.linear(x, weight, bias),
+            linear.in_features,
+            linear.weight.dtype,
+            rows=rows,
+        )
+
+    def _packed(self, linear: nn.Linear, replacement: PackedLinear, name: str, difference: float) -> nn.Module:
+        if not self._accept(name, replacement.method.name, difference, linear.weight.dtype):
             return linear
         self._account([linear.weight], replacement.method.nbytes)
         return replacement
+
+    def _tied(self, linear: nn.Linear, method: QuantizedMethod) -> None:
+        """An embedding with the output layer's weight reads its numbers from now on."""
+        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        if getattr(embedding, "weight", None) is not linear.weight or not is_lookup(embedding):
+            return
+        replacement = QuantizedEmbedding(embedding, method)
+        self._model.set_input_embeddings(replacement)  # type: ignore[operator]
+        self._replaced["embedding"] += 1
 
     def _gated_mlp(self, kernels: Kernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
         dtype = mlp.gate_proj.weight.dtype
         methods = [self._method(*shape, dtype) for shape in mlp.shapes]
         replacement = FusedGatedMLP(kernels, mlp, *methods)
-        difference = largest_difference(replacement, module, mlp.gate_proj.in_features, dtype)
+        with (
+            standing_for(replacement.gate_up.method, mlp.gate_proj, mlp.up_proj),
+            standing_for(replacement.down.method, mlp.down_proj),
+        ):
+            difference = largest_difference(replacement, module, mlp.gate_proj.in_features, dtype)
         if not self._accept(name, "gated mlp", difference, dtype):
             return module
         weights = [part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
@@ -203,7 +265,8 @@ class _Optimizer:
                 setattr(module, attribute, replacement)
         dtype = parts.q_proj.weight.dtype
         fused = fuse(kernels, module, parts, self._method(*parts.shape, dtype), self._notes, row_difference)
-        if fused is None or not fused[1] <= _ROTATED * TOLERANCE[dtype]:
+        tolerance = self._leeway * _ROTATED * TOLERANCE[dtype]
+        if fused is None or not fused[1] <= tolerance:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.
             _log.info("%s is no attention that can be fused", name)
             return
@@ -223,7 +286,7 @@ class _Optimizer:
         return guesses[best] if self._accept(name, "rms norm", differences[best], dtype) else module
 
     def _accept(self, name: str, kind: str, difference: float, dtype: torch.dtype) -> bool:
-        if difference <= TOLERANCE[dtype]:
+        if difference <= self._leeway * TOLERANCE[dtype]:
             self._replaced[kind] += 1
             return True
         _log.warning("%s stays as it is: as %s it is off by %.2g of a row's largest number", name, kind, difference)
@@ -233,6 +296,7 @@ class _Optimizer:
     def _account(self, originals: list[Tensor], nbytes: int, merged_nbytes: int = 0) -> None:
         """Counts a packed copy of `originals`, which are dropped unless other modules hold them."""
         self._peak_copied_nbytes = max(self._peak_copied_nbytes, self._copied_nbytes + nbytes + merged_nbytes)
+        self._packed_nbytes += nbytes
         freed = sum(weight.nbytes for weight in originals if self._num_holders[id(weight)] == 1)
         self._copied_nbytes += max(0, nbytes - freed)
 

@@ -10,6 +10,7 @@ import importlib.machinery
 import logging
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ Largest = tuple[NDArray[np.int64], NDArray[np.float32]]
 """Of rows: where each one's first largest number is, and that number; NaN counts as largest."""
 
 
+class WeightFormat(IntEnum):
+    """How a weight is packed: numbers of its own type as linear.c describes them, or as quantized.c does."""
+
+    PLAIN = 0
+    INT8 = 1
+    INT4 = 2
+
+
 class LinearWeight(ctypes.Structure):
     """`vattention_weight` of linear.c: a packed weight and a bias, both kept alive by who made this."""
 
@@ -39,13 +48,22 @@ class LinearWeight(ctypes.Structure):
         ("num_out", c_int64),
         ("num_in", c_int64),
         ("dtype", c_int32),
+        ("format", c_int32),
     )
 
     @classmethod
-    def of(cls, packed: Tensor, bias: Tensor | None, num_out: int, num_in: int) -> LinearWeight:
-        """Panels as linear.c describes them, and a float32 bias padded to whole panels."""
+    def of(
+        cls,
+        packed: Tensor,
+        bias: Tensor | None,
+        num_out: int,
+        num_in: int,
+        dtype: torch.dtype,
+        form: WeightFormat,
+    ) -> LinearWeight:
+        """Panels, and a float32 bias padded to whole panels; x is of `dtype`."""
         bias_address = None if bias is None else bias.data_ptr()
-        return cls(packed.data_ptr(), bias_address, num_out, num_in, _DTYPES[packed.dtype])
+        return cls(packed.data_ptr(), bias_address, num_out, num_in, _DTYPES[dtype], form)
 
 
 class ScreenCopy(ctypes.Structure):

@@ -11,13 +11,19 @@ enum { TILE_STEPS = 32 };
 /* Bytes between what is multiplied and what is fetched: far enough for memory's latency at its full speed. */
 enum { AHEAD = 1024 };
 
-/* A linear layer's weight, packed as linear.c describes it. */
+/* Forms of a weight: numbers of its type, or quantized. */
+enum { PLAIN = 0, INT8 = 1, INT4 = 2 };
+/* Steps of the inner dimension whose quantized numbers share a scale, and bytes of a line of such numbers. */
+enum { GROUP = 32, LINE = 64 };
+
+/* A linear layer's weight, packed as linear.c or quantized.c describes it. */
 typedef struct {
     const void *packed;
     const float *bias; /* or NULL */
     int64_t num_out;
     int64_t num_in;
-    int32_t dtype;
+    int32_t dtype; /* of x, and of a plain weight */
+    int32_t format;
 } vattention_weight;
 
 /* A weight's copy in 8 bits, as screen.c describes it, and what its products may be off by. */
@@ -67,6 +73,15 @@ typedef struct {
     int64_t width; /* of a token, with the values behind its keys */
     int32_t dtype;
 } vattention_rotation;
+
+/* The numbers that 4 bits stand for, before they are scaled. */
+extern const int8_t vattention_code_book[16];
+
+int64_t vattention_panel_nbytes(const vattention_weight *weight);
+
+/* A quantized panel as one of float32, or on processors that multiply those of bfloat16, as linear.c describes it; with
+ * zeros up to a whole group. */
+void vattention_unpack(const vattention_weight *weight, int64_t panel, int32_t dtype, void *out);
 
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel);

@@ -1,4 +1,4 @@
-/* y = x W^T + b for weights kept in bfloat16 (or float32), summed in float32.
+/* y = x W^T + b for weights kept in bfloat16 (or float32, or quantized), summed in float32.
  *
  * The weight is read once, as it is stored. Where the processor has matrix tiles (AMX) or multiplies pairs of bfloat16,
  * those do the work (linear_dot.h); elsewhere a bfloat16, the upper half of a float32, is widened in registers by
@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include "kernels.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -53,6 +54,9 @@ typedef struct {
     int32_t y_dtype;
 } tile_args;
 
+/* Most rows for which multiplying quantized panels as they are takes less time than unpacking them. */
+enum { QUANTIZED_ROWS = 4 };
+
 /* Multiplications below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 16 };
 
@@ -62,6 +66,9 @@ typedef struct {
     const tile_fn *tiles; /* for one row and more; a single one for any number where `begin` is told of it */
     int64_t tile_rows;    /* most rows of a tile */
     int widens;           /* takes x as float32 */
+    /* Takes quantized panels as they are, and x so: each GROUP of its numbers, or fewer, in a form of so many bytes. */
+    void (*take)(const uint16_t *x, int64_t count, void *out);
+    int64_t take_nbytes;
     void (*begin)(int64_t rows);
     void (*end)(void);
 } tile_set;
@@ -76,6 +83,10 @@ typedef struct {
 #define TILE_ROWS 12
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #include "linear_tile.h"
+#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 9)
+#include "quantized_few.h"
+#define HAVE_FEW
+#endif
 #endif
 #if defined(__x86_64__) && VATTENTION_LANES >= 8
 #define SET avx2
@@ -95,6 +106,7 @@ typedef struct {
 static struct {
     const tile_set *float32, *bfloat16; /* for any size */
     const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of TILE_STEPS; or NULL */
+    const tile_set *int8, *int4;        /* for few rows of bfloat16 and quantized panels; or NULL */
 } best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
 
 __attribute__((constructor)) static void find_best(void) {
@@ -111,6 +123,12 @@ __attribute__((constructor)) static void find_best(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         best.float32 = &float32_set_avx512;
         best.bfloat16 = &bfloat16_set_avx512;
+#ifdef HAVE_FEW
+        if (__builtin_cpu_supports("avx512vnni")) {
+            best.int8 = &int8_set;
+            best.int4 = &int4_set;
+        }
+#endif
 #if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
         if (__builtin_cpu_supports("avx512bf16")) {
             best.pairs = &dot_set;
@@ -129,14 +147,22 @@ void vattention_tiles_begin(int64_t rows) { best.tiles->begin(rows); }
 
 void vattention_tiles_end(void) { best.tiles->end(); }
 
-static const tile_set *set_for(int32_t dtype, int64_t num_in) {
-    if (dtype == FLOAT32) {
+static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows) {
+    const int64_t num_in = weight->num_in;
+    if (weight->dtype == FLOAT32) {
         return best.float32;
+    }
+    if (weight->format != PLAIN && num_rows <= QUANTIZED_ROWS && best.int8) {
+        return weight->format == INT8 ? best.int8 : best.int4;
     }
     if (best.tiles && num_in % TILE_STEPS == 0) {
         return best.tiles;
     }
-    return best.pairs && num_in % 2 == 0 ? best.pairs : best.bfloat16;
+    if (best.pairs && num_in % 2 == 0) {
+        return best.pairs;
+    }
+    /* Quantized numbers are best widened at once. */
+    return weight->format == PLAIN ? best.bfloat16 : best.float32;
 }
 
 /* The first largest number of a row, NaN counting as largest; column is -1 before there is one. */
@@ -151,8 +177,9 @@ typedef struct {
     void *y;
     int64_t y_stride;
     int32_t y_dtype;
-    float *workspace; /* one thread's after the other's; NULL where x is taken as it is */
-    int64_t workspace_floats; /* of one thread */
+    float *workspace; /* one thread's after the other's: x widened, a panel unpacked, a part of y */
+    int64_t workspace_floats, widened_floats; /* of one thread */
+    int unpacks; /* a quantized panel, to multiply it */
     int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
     const tile_set *set;
     best_column *winners; /* [threads, num_rows], or NULL where y is wanted */
@@ -160,6 +187,19 @@ typedef struct {
     int64_t num_panels;
     int64_t next_thread, next_item; /* taken atomically */
 } job;
+
+static int64_t num_groups(int64_t num_in) { return (num_in + GROUP - 1) / GROUP; }
+
+/* Rows as the tiles take them, group after group. */
+static void take(const job *j, int64_t first, int64_t rows, char *out) {
+    const int64_t num_in = j->weight->num_in;
+    for (int64_t m = 0; m < rows; m++) {
+        const uint16_t *x = (const uint16_t *)j->x + (first + m) * j->x_stride;
+        for (int64_t start = 0; start < num_in; start += GROUP, out += j->set->take_nbytes) {
+            j->set->take(x + start, num_in - start, out);
+        }
+    }
+}
 
 static int64_t num_strips(int64_t num_in) { return (num_in + K_STRIP - 1) / K_STRIP; }
 
@@ -185,19 +225,23 @@ static void widen(const job *j, int64_t first, int64_t rows, float *out) {
 }
 
 /* The rows of one block times one panel, to y[rows, 32]. */
-static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel, const float *widened, char *y,
-                        int64_t *configured) {
+static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel, const float *widened, float *unpacked,
+                        char *y, int64_t *configured) {
     const vattention_weight *w = j->weight;
     const int64_t element = w->dtype == FLOAT32 ? 4 : 2, y_element = j->y_dtype == FLOAT32 ? 4 : 2;
     const int64_t out = panel * COLUMNS, most = j->set->tile_rows;
-    const int64_t panel_nbytes = COLUMNS * (w->dtype == FLOAT32 ? w->num_in : (w->num_in + 1) / 2 * 2) * element;
+    const int64_t panel_nbytes = vattention_panel_nbytes(w);
     const int64_t num_tiles = (rows + most - 1) / most;
     const char *packed = (const char *)w->packed + panel * panel_nbytes;
+    if (j->unpacks) {
+        vattention_unpack(w, panel, j->set->widens ? FLOAT32 : BFLOAT16, unpacked);
+        packed = (const char *)unpacked;
+    }
     tile_args args = {
         .strip_stride = j->block_rows * STRIP_STRIDE,
         .x_stride = j->x_stride,
         .panel = packed,
-        .ahead_step = COLUMNS * 4 / num_tiles,
+        .ahead_step = j->unpacks ? 0 : COLUMNS * 4 / num_tiles,
         .bias = w->bias ? w->bias + out : NULL,
         .y_stride = j->y_stride,
         .num_in = w->num_in,
@@ -209,7 +253,7 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
         const int64_t row = j->set->begin ? tile * most : rows * tile / num_tiles;
         const int64_t end = j->set->begin ? (row + most < rows ? row + most : rows) : rows * (tile + 1) / num_tiles;
         args.rows = end - row;
-        args.first = tile == 0;
+        args.first = tile == 0 && !j->unpacks;
         args.widened = widened + row * STRIP_STRIDE;
         args.x = (const char *)j->x + (first + row) * j->x_stride * element;
         args.ahead = packed + panel_nbytes + panel_nbytes * tile / num_tiles;
@@ -252,8 +296,9 @@ static void work(void *argument) {
     const int64_t num_out = j->weight->num_out;
     const int64_t y_element = j->y_dtype == FLOAT32 ? 4 : 2;
     const int64_t thread = __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
-    float *x = j->set->widens ? j->workspace + j->workspace_floats * thread : NULL;
-    float *part = j->winners ? j->workspace + j->workspace_floats * (thread + 1) - j->block_rows * j->y_stride : NULL;
+    float *own = j->workspace + j->workspace_floats * thread;
+    float *x = j->set->widens || j->set->take ? own : NULL, *unpacked = own + j->widened_floats;
+    float *part = j->winners ? own + j->workspace_floats - j->block_rows * j->y_stride : NULL;
     int64_t block_in_x = -1, configured = 0;
     for (;;) {
         const int64_t item = __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
@@ -264,18 +309,23 @@ static void work(void *argument) {
         const int64_t first = block * j->block_rows;
         const int64_t rows = j->num_rows - first < j->block_rows ? j->num_rows - first : j->block_rows;
         if (x && block != block_in_x) {
-            widen(j, first, rows, x);
+            if (j->set->take) {
+                take(j, first, rows, (char *)x);
+            } else {
+                widen(j, first, rows, x);
+            }
             block_in_x = block;
         }
         const int64_t begin = group * j->panels_each, end = begin + j->panels_each;
         for (int64_t i = begin; i < end && i < j->num_panels; i++) {
             const int64_t panel = j->panels ? j->panels[i] : i, column = panel * COLUMNS;
             if (part) {
-                panel_times(j, first, rows, panel, x, (char *)part, &configured);
+                panel_times(j, first, rows, panel, x, unpacked, (char *)part, &configured);
                 compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, column,
                         num_out - column < COLUMNS ? num_out - column : COLUMNS);
             } else {
-                panel_times(j, first, rows, panel, x, (char *)j->y + (first * num_out + column) * y_element, &configured);
+                panel_times(j, first, rows, panel, x, unpacked, (char *)j->y + (first * num_out + column) * y_element,
+                            &configured);
             }
         }
     }
@@ -287,7 +337,8 @@ static void work(void *argument) {
 /* Cuts the work into items and has it done. */
 static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
     const vattention_weight *weight = j->weight;
-    j->set = set_for(weight->dtype, weight->num_in);
+    j->set = set_for(weight, j->num_rows);
+    j->unpacks = weight->format != PLAIN && !j->set->take;
     int64_t most = (j->set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
     most = !j->set->widens && most < WHOLE_BLOCK_ROWS ? WHOLE_BLOCK_ROWS : most;
     most = j->set->widens && most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
@@ -303,9 +354,13 @@ static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
     }
     j->panels_each = j->num_panels / (16 * num_threads) + 1;
     j->num_groups = (j->num_panels + j->panels_each - 1) / j->panels_each;
-    const int64_t widened_floats = j->set->widens ? num_strips(weight->num_in) * j->block_rows * STRIP_STRIDE : 0;
+    j->widened_floats = j->set->widens ? num_strips(weight->num_in) * j->block_rows * STRIP_STRIDE : 0;
+    if (j->set->take) {
+        j->widened_floats = (num_groups(weight->num_in) * j->block_rows * j->set->take_nbytes + 63) / 64 * 16;
+    }
+    const int64_t unpacked_floats = j->unpacks ? num_groups(weight->num_in) * GROUP * COLUMNS : 0;
     const int64_t part_floats = j->winners ? j->block_rows * j->y_stride : 0;
-    j->workspace_floats = (widened_floats + part_floats + 15) / 16 * 16;
+    j->workspace_floats = (j->widened_floats + unpacked_floats + part_floats + 15) / 16 * 16;
     if (j->workspace_floats > 0) {
         j->workspace = aligned_alloc(64, (size_t)(num_threads * j->workspace_floats) * sizeof(float));
         if (j->workspace == NULL) {

@@ -1,0 +1,177 @@
+"""Weights in 8 or 4 bits: which whole numbers and scales stand for a weight, and how they lie in memory.
+
+Activations stay as they are. A group of 32 weights of one output, along the inner dimension, shares a scale in
+bfloat16. native/quantized.c describes the packed form, and computes with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vattention.model.linear import COLUMNS, huge_empty
+from vattention.native import WeightFormat
+
+GROUP = 32
+"""Inputs whose weights share a scale."""
+
+_HALF = 16
+_SCALES_NBYTES = 2 * COLUMNS
+_BLOCK_NUMEL = 1 << 20
+"""Weights that are quantized at a time: temporary memory is some twenty bytes for each."""
+
+
+class Format(Protocol):
+    """A kind of whole numbers.
+
+    Attributes:
+        form: what the compiled code calls it.
+        bits: of a number in memory.
+    """
+
+    form: ClassVar[WeightFormat]
+    bits: ClassVar[int]
+
+    @classmethod
+    def quantize(cls, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """What stands for float32 [..., 32]: codes int8 [..., 32], and scales bfloat16 [...]."""
+        ...
+
+    @classmethod
+    def numbers(cls, codes: Tensor) -> Tensor:
+        """The whole numbers, int8, that codes stand for."""
+        ...
+
+
+class Int8:
+    """Whole numbers from -127 to 127, the largest of a group being one of the ends."""
+
+    form: ClassVar[WeightFormat] = WeightFormat.INT8
+    bits: ClassVar[int] = 8
+
+    @classmethod
+    def quantize(cls, groups: Tensor) -> tuple[Tensor, Tensor]:
+        scales = (groups.abs().amax(-1) / 127.0).bfloat16()
+        codes = (groups * _reciprocal(scales)[..., None]).round_().clamp_(-127, 127)
+        return codes.to(torch.int8), scales
+
+    @classmethod
+    def numbers(cls, codes: Tensor) -> Tensor:
+        return codes
+
+
+class Int4:
+    """Sixteen numbers that lie as a normal distribution's quantiles do (NF4), a group's largest being -127 or 127.
+
+    T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs" (2023),
+    section 3 and appendix E; rounded to 127ths.
+    """
+
+    form: ClassVar[WeightFormat] = WeightFormat.INT4
+    bits: ClassVar[int] = 4
+    book: ClassVar[tuple[int, ...]] = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
+
+    @classmethod
+    def quantize(cls, groups: Tensor) -> tuple[Tensor, Tensor]:
+        scales = (groups.abs().amax(-1) / 127.0).bfloat16()
+        book = torch.tensor(cls.book, dtype=torch.float32)
+        codes = torch.bucketize(groups * _reciprocal(scales)[..., None], (book[1:] + book[:-1]) / 2, out_int32=True)
+        return codes.to(torch.int8), scales
+
+    @classmethod
+    def numbers(cls, codes: Tensor) -> Tensor:
+        return torch.tensor(cls.book, dtype=torch.int8)[codes.int()]
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    """Of zero, zero: a group of zeros stays one."""
+    wide = scales.float()
+    return torch.where(wide == 0, 0.0, 1.0 / wide)
+
+
+def group_nbytes(form: type[Format]) -> int:
+    """Memory of a group of 32 columns."""
+    return _SCALES_NBYTES + COLUMNS * GROUP * form.bits // 8
+
+
+def pack(form: type[Format], weight: Tensor) -> Tensor:
+    """[out, in] quantized and packed for quantized.c: bytes [ceil(out / 32), ceil(in / 32), nbytes of a group]."""
+    num_out, num_in = weight.shape
+    num_panels, num_groups = math.ceil(num_out / COLUMNS), math.ceil(num_in / GROUP)
+    panels = huge_empty(num_panels * num_groups * group_nbytes(form), torch.uint8).view(num_panels, num_groups, -1)
+    for part in _parts(num_panels, num_groups):
+        rows = weight[part.start * COLUMNS : part.stop * COLUMNS].float()
+        rows = F.pad(rows, (0, -num_in % GROUP, 0, -len(rows) % COLUMNS))
+        codes, scales = form.quantize(rows.reshape(-1, num_groups, GROUP))
+        own = panels[part]
+        own[..., :_SCALES_NBYTES] = _by_panel(scales).view(torch.uint8).view(len(own), num_groups, -1)
+        own[..., _SCALES_NBYTES:] = _lines(form, codes).view(len(own), num_groups, -1)
+    return panels
+
+
+def unpack(form: type[Format], panels: Tensor, num_out: int, num_in: int, dtype: torch.dtype) -> Tensor:
+    """What packed panels stand for, [num_out, num_in]."""
+    weight = torch.empty(num_out, num_in, dtype=dtype)
+    for part in _parts(*panels.shape[:2]):
+        own = panels[part]
+        scales = own[..., :_SCALES_NBYTES].contiguous().view(torch.bfloat16).transpose(1, 2).float()
+        numbers = form.numbers(_codes(form, own[..., _SCALES_NBYTES:]))
+        rows = numbers.view(*scales.shape, GROUP) * scales[..., None]
+        to = weight[part.start * COLUMNS : part.stop * COLUMNS]
+        to.copy_(rows.view(-1, rows.shape[2] * GROUP)[: len(to), :num_in])
+    return weight
+
+
+def unpack_rows(form: type[Format], panels: Tensor, rows: Tensor, num_in: int, dtype: torch.dtype) -> Tensor:
+    """Some rows [len(rows), num_in] of what panels stand for."""
+    num_panels, num_groups, _ = panels.shape
+    panel, column = rows // COLUMNS, rows % COLUMNS
+    scales = panels[..., :_SCALES_NBYTES].view(num_panels, num_groups, COLUMNS, 2).transpose(1, 2)[panel, column]
+    # Of each line, four bytes are a column's.
+    lines = panels[..., _SCALES_NBYTES:].view(num_panels, num_groups, form.bits, 2, _HALF, 4)
+    own = lines.permute(0, 3, 4, 1, 2, 5)[panel, column // _HALF, column % _HALF]
+    numbers = form.numbers(_steps(form, own.reshape(-1, num_groups, form.bits, 4)))
+    wide = numbers.view(-1, num_groups, GROUP) * scales.contiguous().view(torch.bfloat16).float()
+    return wide.view(-1, num_groups * GROUP)[:, :num_in].to(dtype)
+
+
+def _parts(num_panels: int, num_groups: int) -> Iterator[slice]:
+    """Panels, some at a time."""
+    step = max(1, _BLOCK_NUMEL // (num_groups * GROUP * COLUMNS))
+    return (slice(start, min(start + step, num_panels)) for start in range(0, num_panels, step))
+
+
+def _by_panel(rows: Tensor) -> Tensor:
+    """[panels * 32, groups, ...] as contiguous [panels, groups, 32, ...]."""
+    return rows.view(-1, COLUMNS, *rows.shape[1:]).transpose(1, 2).contiguous()
+
+
+def _lines(form: type[Format], codes: Tensor) -> Tensor:
+    """Codes [panels * 32, groups, 32] as bytes [panels, groups, lines, 2, 16, 4], with a line for each bit."""
+    split = _by_panel(codes).view(torch.uint8).view(-1, codes.shape[1], 2, _HALF, form.bits, 16 // form.bits, 2)
+    # panel, group, half, column, line, t, s: steps of a word differ in t.
+    split = split.permute(0, 1, 4, 2, 3, 6, 5)
+    if form.bits == 4:
+        split = (split[..., 0::2] & 15) | (split[..., 1::2] << 4)
+    return split.contiguous()
+
+
+def _codes(form: type[Format], lines: Tensor) -> Tensor:
+    """The inverse of `_lines`: [panels, groups, ...] to [panels, 32, groups, 32]."""
+    num_panels, num_groups, _ = lines.shape
+    columns = lines.reshape(num_panels, num_groups, form.bits, COLUMNS, 4).permute(0, 3, 1, 2, 4)
+    return _steps(form, columns.reshape(-1, num_groups, form.bits, 4)).view(num_panels, COLUMNS, num_groups, GROUP)
+
+
+def _steps(form: type[Format], own: Tensor) -> Tensor:
+    """A column's bytes [rows, groups, lines, 4] as its codes, int8 [rows, groups, 32]."""
+    num_rows, num_groups, num_lines, _ = own.shape
+    words = own.view(num_rows, num_groups, num_lines, 2, 2)
+    if form.bits == 4:
+        words = torch.stack((words & 15, words >> 4), -1).view(num_rows, num_groups, num_lines, 2, 4)
+    return words.transpose(-1, -2).reshape(num_rows, num_groups, GROUP).view(torch.int8)

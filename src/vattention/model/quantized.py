@@ -1,0 +1,180 @@
+"""Linear layers with weights in 8 or 4 bits, and embeddings that read the output layer's copy of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vattention.model.linear import COLUMNS, LinearMethod, NativeLinear
+from vattention.model.quantize import Format, Int4, Int8, pack, unpack, unpack_rows
+from vattention.native import WeightFormat
+
+
+class QuantizedMethod(LinearMethod, Protocol):
+    """A way to compute with a quantized weight, whose `weight` is what the numbers in memory stand for.
+
+    Attributes:
+        kind: of those numbers.
+    """
+
+    kind: ClassVar[type[Format]]
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows [len(indices), in] of `weight`, without unpacking the others."""
+        ...
+
+
+class _NativeQuantized(NativeLinear):
+    """The kernels of native/quantized.c, which multiply x as it is by whole numbers and then by their scales."""
+
+    exact: ClassVar[bool] = False
+    kind: ClassVar[type[Format]]
+
+    def _packed(self, weight: Tensor) -> Tensor:
+        return pack(self.kind, weight)
+
+    def weight(self) -> Tensor:
+        return unpack(self.kind, self._panels, self._num_out, self._num_in, self._dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows [len(indices), in] of `weight`, without unpacking the others."""
+        return unpack_rows(self.kind, self._panels, indices, self._num_in, self._dtype)
+
+
+class Int8Linear(_NativeQuantized):
+    """8 bits."""
+
+    name: ClassVar[str] = "int8"
+    form: ClassVar[WeightFormat] = WeightFormat.INT8
+    kind: ClassVar[type[Format]] = Int8
+
+
+class Int4Linear(_NativeQuantized):
+    """4 bits."""
+
+    name: ClassVar[str] = "int4"
+    form: ClassVar[WeightFormat] = WeightFormat.INT4
+    kind: ClassVar[type[Format]] = Int4
+
+
+class _Unpacking:
+    """The same weights without compiled kernels: unpacked in blocks for each product. Slow, but as small."""
+
+    exact: ClassVar[bool] = False
+    kind: ClassVar[type[Format]]
+    block_numel: ClassVar[int] = 1 << 20
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._num_out, self._num_in = weight.shape
+        self._dtype = weight.dtype
+        self._panels = pack(self.kind, weight)
+        self._bias = bias
+        self.nbytes = self._panels.nbytes
+
+    @classmethod
+    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+        return cls(weight, bias)
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        return dtype.is_floating_point
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], self._num_out)
+        step = math.ceil(self.block_numel / (COLUMNS * self._num_in))
+        for start in range(0, len(self._panels), step):
+            part = slice(start * COLUMNS, min((start + step) * COLUMNS, self._num_out))
+            panels = self._panels[start : start + step]
+            weight = unpack(self.kind, panels, part.stop - part.start, self._num_in, self._dtype)
+            y[:, part] = F.linear(x, weight, None if self._bias is None else self._bias[part])
+        return y
+
+    def weight(self) -> Tensor:
+        return unpack(self.kind, self._panels, self._num_out, self._num_in, self._dtype)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows [len(indices), in] of `weight`, without unpacking the others."""
+        return unpack_rows(self.kind, self._panels, indices, self._num_in, self._dtype)
+
+
+class UnpackingInt8(_Unpacking):
+    """8 bits."""
+
+    name: ClassVar[str] = "int8, unpacked"
+    kind: ClassVar[type[Format]] = Int8
+
+
+class UnpackingInt4(_Unpacking):
+    """4 bits."""
+
+    name: ClassVar[str] = "int4, unpacked"
+    kind: ClassVar[type[Format]] = Int4
+
+
+_INT8: tuple[type[QuantizedMethod], ...] = (Int8Linear, UnpackingInt8)
+_INT4: tuple[type[QuantizedMethod], ...] = (Int4Linear, UnpackingInt4)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """What becomes of a model's linear layers: methods for those inside and for the output layer, best first."""
+
+    inner: tuple[type[QuantizedMethod], ...]
+    output: tuple[type[QuantizedMethod], ...]
+
+    def method(self, dtype: torch.dtype, *, is_output: bool = False) -> type[QuantizedMethod]:
+        """The best method that this machine has for weights that came in this type."""
+        methods = self.output if is_output else self.inner
+        return next(method for method in methods if method.available(dtype))
+
+
+QUANTIZATIONS = {"int8": Quantization(_INT8, _INT8), "int4": Quantization(_INT4, _INT8)}
+"""By the engine's option. The output layer decides between tokens directly, so it keeps 8 bits."""
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding tied to a quantized output layer: it reads that layer's rows, and needs no weight of its own.
+
+    Args:
+        embedding: what this stands for; what it computes beside looking up, such as scaling, it computes here too.
+    """
+
+    def __init__(self, embedding: nn.Embedding, method: QuantizedMethod) -> None:
+        super().__init__()
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
+        self._method = method
+        # Its weight is a table of the rows that are asked for, each time another one.
+        self._table = copy.copy(embedding)
+        self._table._parameters = {}
+        self._table.padding_idx = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight [num_embeddings, dim]; unpacked in each access, which takes long."""
+        return self._method.weight()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[..., dim] for ids [...]."""
+        vars(self._table)["weight"] = self._method.rows(token_ids.flatten())
+        y: Tensor = self._table(torch.arange(token_ids.numel()).view(token_ids.shape))
+        return y
+
+
+def is_lookup(module: nn.Module) -> bool:
+    """Whether a module in processor memory is an embedding that can stand on another table."""
+    return (
+        isinstance(module, nn.Embedding)
+        and set(module._parameters) == {"weight"}
+        and module.max_norm is None
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module.weight.device.type == "cpu"
+    )
