@@ -45,7 +45,7 @@ def _cell(column: Column, row: Row, runs: Runs) -> str:
     done = succeeded(tried)
     if not done:
         return "failed" if tried else ""
-    value = f"{spread(column.aim.figure, done).median:,.3g}"
+    value = f"{spread(column.aim.figure, done).median:,.4g}"
     times = None if row.name == row.against else between(column, row.against, row.name, runs)
     return value if times is None else f"{value} ({times.median:.2f})"
 

@@ -26,6 +26,8 @@ from vattention.bench.throughput import WARM_UP_OUTPUT_TOKENS, WARM_UP_PROMPT_TO
 from vattention.bench.workload import BenchRequest, parse_requests
 
 COLD_PROMPT_TOKENS = 16
+SPINNING_S = 0.5
+"""For how long at most threads that wait for the next piece of work still look for it without sleeping."""
 
 
 @dataclass(slots=True)
@@ -173,6 +175,7 @@ def forget_peak() -> None:
 
 def idle_cpu_share(idle_s: float) -> float:
     """Seconds of processor time that this process uses per second of having nothing to do."""
+    time.sleep(SPINNING_S)
     before = resource.getrusage(resource.RUSAGE_SELF)
     time.sleep(idle_s)
     after = resource.getrusage(resource.RUSAGE_SELF)
