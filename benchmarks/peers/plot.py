@@ -14,10 +14,11 @@ from benchmarks.peers.rows import Row
 
 mpl.use("svg")
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which people who see colours differently can tell apart; each row has its own mark besides."""
+COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00")
+"""Of engines: Okabe and Ito's, which people who see colours differently tell apart. Rows have their own marks."""
 MARKS = "osD^vP*X<>hd"
-OURS, AIM = "#1f4e8c", "#888888"
+OURS, AIM = "black", "#888888"
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 HEIGHT_OF_COLUMN, SPREAD_OF_ROWS = 0.62, 0.36
 
 
@@ -33,10 +34,11 @@ def draw(cases: Sequence[Case], rows: Sequence[Row], runs: Runs, model: str, pat
     compared = [row for row in rows if row.name != row.against and not row.ours]
     lines = _lines(cases, compared, runs)
     figure, axes = pyplot.subplots(figsize=(9, HEIGHT_OF_COLUMN * len(lines) + 1.6), layout="constrained")
-    axes.axvline(1, color=OURS, linewidth=1.5, label="vattention", zorder=1)
+    axes.axvline(1, color=OURS, linewidth=2, label="vattention", zorder=1)
     for place, (_, aim, _) in enumerate(lines):
         label = "aim" if place == 0 else None
         axes.plot([aim] * 2, [place - 0.4, place + 0.4], color=AIM, linestyle=":", label=label, zorder=1)
+    peers = list(dict.fromkeys(row.peer for row in compared))
     shown = [row for row in compared if any(row.name in found for _, _, found in lines)]
     for index, row in enumerate(shown):
         offset = (index / max(1, len(shown) - 1) - 0.5) * 2 * SPREAD_OF_ROWS
@@ -52,12 +54,14 @@ def draw(cases: Sequence[Case], rows: Sequence[Row], runs: Runs, model: str, pat
                 [max(0.0, times.largest - times.median) for times, _ in points],
             ],
             fmt=MARKS[index % len(MARKS)],
-            color=COLOURS[index % len(COLOURS)],
-            markersize=5,
+            color=COLOURS[peers.index(row.peer) % len(COLOURS)],
+            markersize=6,
             linewidth=1,
             label=f"{row.name} ({row.weights})" if row.weights not in row.name else row.name,
         )
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.FixedLocator(TICKS))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(lines)), [title for title, _, _ in lines], fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)
