@@ -34,7 +34,7 @@ def draw(cases: Sequence[Case], rows: Sequence[Row], runs: Runs, model: str, pat
     compared = [row for row in rows if row.name != row.against and not row.ours]
     lines = _lines(cases, compared, runs)
     figure, axes = pyplot.subplots(figsize=(9, HEIGHT_OF_COLUMN * len(lines) + 1.6), layout="constrained")
-    axes.axvline(1, color=OURS, linewidth=2, label="vattention", zorder=1)
+    axes.axvline(1, color=OURS, linewidth=2, label="vattention, in the same precision", zorder=1)
     for place, (_, aim, _) in enumerate(lines):
         label = "aim" if place == 0 else None
         axes.plot([aim] * 2, [place - 0.4, place + 0.4], color=AIM, linestyle=":", label=label, zorder=1)

@@ -11,7 +11,8 @@ CASES = [Case("w2", "output_tokens_per_s", []), Case("w4", "total_tokens_per_s",
 
 
 def test_the_picture_has_the_rows_that_ran_and_is_the_same_each_time(tmp_path: Path) -> None:
-    names = ("vattention", "vattention, prefix cache", "vLLM", "vLLM, prefix cache", "llama.cpp, q8_0")
+    ours = ("vattention", "vattention, int8", "vattention, prefix cache")
+    names = (*ours, "vLLM", "vLLM, prefix cache", "llama.cpp, q8_0")
     done = [figures(output_tokens_per_s=v, total_tokens_per_s=v) for v in (10.0, 20.0)]
     runs = runs_of(dict.fromkeys(names, done))
     for name in ("a.svg", "b.svg"):
