@@ -63,6 +63,7 @@ class EngineConfig:
         dtype: of weights and KV cache; "auto" takes the checkpoint's.
         quantization: keep the weights of linear layers in "int8" or "int4" and compute with them as they are;
             activations and KV cache stay in dtype. Off by default.
+        device: where the model and its KV cache are: "cpu", "cuda", or "cuda:1" for the second GPU.
         max_model_len: longest prompt plus output in tokens; by default the model's own limit.
         max_num_seqs: most sequences that run at the same time, which is the number of slots.
         max_num_batched_tokens: most tokens in one forward pass; longer prompts are computed in chunks.
@@ -91,6 +92,7 @@ class EngineConfig:
     tokenizer: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["int8", "int4"] | None = None
+    device: str = "cpu"
     max_model_len: int | None = None
     max_num_seqs: int = 128
     max_num_batched_tokens: int = 2048

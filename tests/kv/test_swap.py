@@ -20,10 +20,10 @@ from vattention.kv.swap import Image, SwapSpace, file_space, memory_space
 CAPACITY = 1 << 21
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture(params=["cpu", "file", *(["cuda"] if torch.cuda.is_available() else [])])
 def space(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SwapSpace]:
-    in_memory = request.param == "memory"
-    with closing(memory_space(CAPACITY, "cpu") if in_memory else file_space(tmp_path, CAPACITY)) as made:
+    kind = request.param
+    with closing(file_space(tmp_path, CAPACITY) if kind == "file" else memory_space(CAPACITY, kind)) as made:
         yield made
     assert (made.used_nbytes, made.num_images) == (0, 0)
 

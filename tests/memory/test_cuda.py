@@ -61,6 +61,16 @@ def test_the_callers_context_is_left_as_it_was(bench: Bench) -> None:
     assert bench.fake.contexts == []
 
 
+def test_some_memory_is_left_for_forward_passes(bench: Bench) -> None:
+    info = bench.driver.memory_info()
+    assert (info.available_nbytes, info.total_nbytes) == (
+        16 * GRANULARITY - 16 * GRANULARITY // 20,
+        16 * GRANULARITY,
+    )
+    bench.backend.mapped(bench.start, range(16))
+    assert bench.driver.memory_info().available_nbytes == 0
+
+
 def test_shortage_says_what_there_was(bench: Bench) -> None:
     bench.backend.mapped(bench.start, range(14))
     before = bench.state()

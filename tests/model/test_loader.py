@@ -72,6 +72,13 @@ def test_dtype(folder: Path, dtype: Any) -> None:
     assert load_ids(folder, dtype=dtype).model.dtype == getattr(torch, dtype)
 
 
+def test_device(folder: Path) -> None:
+    assert load_ids(folder, device="cpu").model.device.type == "cpu"
+    for device, reason in (("gpu", "not known"), ("meta", "cannot hold"), ("cuda:99", r"torch sees \d+ GPUs")):
+        with pytest.raises(ConfigError, match=reason):
+            load_ids(folder, device=device)
+
+
 def test_dtype_auto_is_the_checkpoints(tmp_path: Path) -> None:
     tiny_llama().bfloat16().save_pretrained(tmp_path)
     assert load_ids(tmp_path).model.dtype == torch.bfloat16

@@ -216,14 +216,22 @@ class _PinnedMemory:
 
     def write(self, runs: Sequence[torch.Tensor]) -> None:
         for part, run in zip(self._parts(runs), runs, strict=True):
-            part.copy_(run.view(-1))
+            part.copy_(run.view(-1), non_blocking=True)
+        self._wait(runs)
 
     def read(self, runs: Sequence[torch.Tensor]) -> None:
         for part, run in zip(self._parts(runs), runs, strict=True):
-            run.view(-1).copy_(part)
+            run.view(-1).copy_(part, non_blocking=True)
+        self._wait(runs)
 
     def close(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    @staticmethod
+    def _wait(runs: Sequence[torch.Tensor]) -> None:
+        """Once for all copies: what they took is learned from, and the memory may be used for something else."""
+        for device in {run.device for run in runs if run.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def _parts(self, runs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Where each run's bytes are."""

@@ -20,6 +20,9 @@ from vattention.memory.cuda_calls import CudaCalls, claim_context_for_torch, loa
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 from vattention.memory.runs import runs
 
+_RESERVED_PART = 20
+"""One such part of the GPU's memory is left for what forward passes need besides weights and cache."""
+
 
 class CudaDriver:
     """`Driver` for a GPU's memory.
@@ -85,7 +88,8 @@ class CudaDriver:
 
     def memory_info(self) -> MemoryInfo:
         with self._calls.context():
-            return MemoryInfo(*self._calls.memory())
+            free, total = self._calls.memory()
+        return MemoryInfo(max(free - total // _RESERVED_PART, 0), total)
 
     def reserve(self, nbytes: int) -> int:
         if nbytes <= 0 or nbytes % self._page_nbytes:

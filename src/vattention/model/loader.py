@@ -60,6 +60,7 @@ def load(config: EngineConfig) -> LoadedModel:
         ConfigError: it cannot be found or loaded, or an option does not fit it.
         UnsupportedModelError: it is no causal language model.
     """
+    device = _device(config.device)
     source = find(str(demo_folder()) if config.model == DEMO else config.model)
     check_weights(source)
     hf_config = _load_config(source, config)
@@ -68,7 +69,7 @@ def load(config: EngineConfig) -> LoadedModel:
     text_config = hf_config.get_text_config(decoder=True)
     max_model_len = context_len(text_config, config.max_model_len)
     tokenizer = None if config.skip_tokenizer_init else load_tokenizer(source, config)
-    model = _load_model(source, hf_config, config)
+    model = _load_model(source, hf_config, config).to(device)
     return LoadedModel(
         name=config.model,
         model=model,
@@ -77,6 +78,18 @@ def load(config: EngineConfig) -> LoadedModel:
         max_model_len=max_model_len,
         generation=generation_defaults(model.generation_config, text_config, tokenizer),
     )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is not known; choose 'cpu', 'cuda' or 'cuda:N'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name!r} cannot hold a KV cache; choose 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; choose 'cpu'")
+    return device
 
 
 def load_tokenizer(source: Source, config: EngineConfig) -> Tokenizer:
