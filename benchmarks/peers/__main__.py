@@ -23,7 +23,7 @@ from benchmarks.peers.cases import Case, cases, longest
 from benchmarks.peers.models import MODELS
 from benchmarks.peers.plot import draw
 from benchmarks.peers.report import to_markdown
-from benchmarks.peers.rows import Row, chosen
+from benchmarks.peers.rows import ROWS, Row, chosen
 from benchmarks.peers.runs import Results
 from benchmarks.peers.worker import RunError
 from benchmarks.peers.workers import Workers
@@ -123,11 +123,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         measure(list(missing(wanted, rows, given.runs, results)), workers, results, given.limit_minutes * 60)
     finally:
         workers.close()
+    # Of all there is in the file, since engines and workloads can be measured at different times.
+    every = cases((), given.scale)
     report = to_markdown(
-        describe(results, given.runs), output.name, wanted, rows, results.runs, results.installed_bytes
+        describe(results, given.runs), output.name, every, ROWS, results.runs, results.installed_bytes
     )
     output.with_suffix(".md").write_text(report)
-    draw(wanted, rows, results.runs, given.model, output.with_suffix(".svg"))
+    draw(every, ROWS, results.runs, given.model, output.with_suffix(".svg"))
     print(report)
     return 0
 

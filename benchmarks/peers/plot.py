@@ -64,7 +64,7 @@ def draw(cases: Sequence[Case], rows: Sequence[Row], runs: Runs, model: str, pat
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(range(len(lines)), [title for title, _, _ in lines], fontsize=8)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_ylim(max(1, len(lines)) - 0.5, -0.5)
     axes.set_xlabel("how many times better vattention is; left of the line the other one is better", fontsize=9)
     axes.set_title(f"vattention beside other engines, {model}", fontsize=11)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.6)

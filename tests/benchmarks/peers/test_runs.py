@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers.__main__ import measure, missing, turns
+from benchmarks.peers.__main__ import machine, main, measure, missing, turns
 from benchmarks.peers.cases import Case
 from benchmarks.peers.installed import installed_nbytes
 from benchmarks.peers.rows import ROWS, Row
@@ -57,6 +57,15 @@ def test_a_round_begins_with_new_processes_and_ends_when_time_is_over(tmp_path: 
     assert workers.seen == [ROWS[0].name, ROWS[1].name, "closed", ROWS[0].name, ROWS[1].name]
     assert results.runs("w2", ROWS[0].name) == [{CASE.figure: 1.0}] * 2
     assert results.runs("w2", ROWS[1].name) == [{"error": "Traceback\nbroken"}] * 2
+
+
+def test_the_report_is_of_all_that_was_ever_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Results, "add_installed", lambda *_: None)
+    conditions = {"machine": machine(), "model": "demo", "scale": 1.0}
+    Results(tmp_path / "x.json", conditions).add("w2", "vLLM", {"error": "broken"})
+    assert main(["--peers", "llamacpp", "--limit-minutes", "0", "--output", str(tmp_path / "x")]) == 0
+    assert "- w2, vLLM: broken" in (tmp_path / "x.md").read_text()
+    assert "<svg" in (tmp_path / "x.svg").read_text()
 
 
 def test_turns_change_from_run_to_run() -> None:
