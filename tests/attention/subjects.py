@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +28,8 @@ from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
+READ_WHOLE_BLOCKS = ("flashinfer_paged", "flash_attention_paged", "torch_flash_paged")
+
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = find_spec("triton") is not None
 
@@ -38,19 +40,26 @@ if not HAS_GPU:
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel, where its cache lies, and what to try it on."""
+    """A kernel, where its cache lies, and what to try it on.
+
+    Attributes:
+        reads_whole_blocks: it multiplies by 0 what lies in a block before a window, so there may be no NaN.
+    """
 
     kernel: AttentionKernel[Any]
     device: str = "cpu"
     batches: Collection[str] = frozenset(BATCHES)
     block_sizes: Collection[int] = BLOCK_SIZES
     dtypes: Collection[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
+    reads_whole_blocks: bool = False
 
     def views(self, view: LayerView, batch: RaggedBatch, spec: AttentionSpec) -> list[CacheView]:
         """The cache in all forms in which the kernel can read it."""
         if view.keys.dtype not in self.dtypes:
             return []
         stored = views(self.kernel.reads, view, batch, spec, self.block_sizes)
+        if self.reads_whole_blocks:
+            stored = [replace(v, keys=v.keys.nan_to_num(7), values=v.values.nan_to_num(7)) for v in stored]
         return [form for form in stored if self.kernel.unsupported(spec, form) is None]
 
     def computes(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
@@ -108,7 +117,10 @@ def _subjects() -> dict[str, Subject]:
                 kernel, "cpu", few, (3, 16), (torch.float32, torch.float16)
             )
     if HAS_GPU:
-        on_gpu = {name: Subject(kernel, "cuda") for name, kernel in KERNELS.items()}
+        on_gpu = {
+            name: Subject(kernel, "cuda", reads_whole_blocks=name in READ_WHOLE_BLOCKS)
+            for name, kernel in KERNELS.items()
+        }
         found |= {f"{name} (cuda)": subject for name, subject in on_gpu.items() if subject.computes(*_PLAIN)}
     return found
 

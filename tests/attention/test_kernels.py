@@ -17,7 +17,14 @@ from vattention.attention.registry import KERNELS
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest absolute error; results are of the order of 1."""
 
+TOLERANCE_ON_GPUS = TOLERANCE | {torch.float32: 2e-5}
+"""Torch's own kernels make products of float32 out of several shorter ones there."""
+
 DEVICES = sorted({subject.device for subject in SUBJECTS.values()})
+
+
+def tolerance(device: str, dtype: torch.dtype) -> float:
+    return (TOLERANCE if device == "cpu" else TOLERANCE_ON_GPUS)[dtype]
 
 
 def dtype_of(subject: str) -> torch.dtype:
@@ -57,7 +64,7 @@ def test_computes_attention(device: str, spec_name: str, dtype: torch.dtype) -> 
                 assert result.shape == (len(batch.slots), spec.num_heads, spec.value_dim)
                 assert result.dtype == dtype
                 error = (result.double().cpu() - expected).abs().max()
-                assert error <= TOLERANCE[dtype], (name, batch_name, stored.keys.shape)
+                assert error <= tolerance(device, dtype), (name, batch_name, stored.keys.shape)
 
 
 @pytest.mark.parametrize("max_scores", [1, 16, 100])
@@ -72,7 +79,7 @@ def test_cutting_rows_changes_nothing(
     expected = attend(query, view, batch, spec, sinks)
     for stored in tried.views(view, batch, spec):
         result = tried.kernel(query, stored, batch, spec, sinks)
-        torch.testing.assert_close(result.double().cpu(), expected, atol=TOLERANCE[dtype], rtol=0)
+        torch.testing.assert_close(result.double().cpu(), expected, atol=tolerance(tried.device, dtype), rtol=0)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attention through the FlashAttention packages: `flash_attn` 2.6 and later, and `flash_attn_interface`, version 3.
+"""Attention through the FlashAttention packages: `flash_attn` 2.7 and later, and `flash_attn_interface`, version 3.
 
 Written after `flash_attn_with_kvcache` of both in the state of August 2026 (package 2.8.4). Queries are [n, rows,
 heads, dim]; keys and values [slots, tokens, heads, dim], or [blocks, tokens, heads, dim] with a table; windows are

@@ -71,7 +71,7 @@ class FlashInferKernel(SplitKernel[LayerView]):
             return _planned(wrapper, view, chosen, spec, starts, chosen.slots, lengths, -1)
 
         wrapper = chosen.once(("slots", spec, view.keys.dtype, view.keys.shape[1]), planned)
-        output: torch.Tensor = wrapper.run(query, (view.keys, view.values))
+        output: torch.Tensor = wrapper.run(query.contiguous(), (view.keys, view.values))
         return output
 
 
@@ -116,7 +116,7 @@ class FlashInferPagedKernel(SplitKernel[PagedLayerView]):
             return _planned(wrapper, view, chosen, spec, starts, entries, last, found.window_left)
 
         wrapper = chosen.once(("blocks", spec, view.keys.dtype, id(found.source), size), planned)
-        output: torch.Tensor = wrapper.run(query, (view.keys, view.values))
+        output: torch.Tensor = wrapper.run(query.contiguous(), (view.keys, view.values))
         return output
 
 
