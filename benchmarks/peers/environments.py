@@ -78,6 +78,9 @@ VLLM = Environment(
         "VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GB),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        # What 0.32 compiles ahead of time for processors it cannot load again, and compiles anew at each start; the
+        # cache of torch's compiler, which it falls back on, does its work.
+        "VLLM_USE_AOT_COMPILE": "0",
     },
 )
 
