@@ -8,7 +8,7 @@ import torch
 from tests.attention.cases import BATCHES, SPECS, filled, in_blocks
 from tests.attention.subjects import SUBJECTS, empty_view
 from vattention import native
-from vattention.attention.registry import KERNELS, choose
+from vattention.attention.registry import KERNELS, choose, runnable
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
@@ -76,6 +76,12 @@ def test_an_unknown_name_lists_those_there_are() -> None:
         choose("flash", SPECS["mha"], contiguous(SPECS["mha"]))
     with pytest.raises(ConfigError, match=r"attention='flash' is not known; choose 'auto', 'gathered'$"):
         choose("flash", SPECS["mha"], blocks(SPECS["mha"]))
+
+
+def test_what_runs_here() -> None:
+    here = runnable("cpu")
+    assert [name for name in ("sdpa", "eager", "gathered") if name in here] == ["sdpa", "eager", "gathered"]
+    assert not {"torch_flash", "flashinfer_paged", "triton"} & set(here)
 
 
 def test_no_kernel_takes_integers() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
+import torch
+
 from vattention.attention.compiled import NativeKernel, PagedKernel
 from vattention.attention.eager import EagerKernel
 from vattention.attention.flash_attention import (
@@ -74,6 +76,17 @@ def choose(name: str, spec: AttentionSpec, view: View) -> AttentionKernel[View]:
         f"attention={name!r} cannot compute this model's layers: {reasons[name]}; "
         f"choose {', '.join(map(repr, [AUTO, *able]))}"
     )
+
+
+def runnable(device: str) -> list[str]:
+    """Names of the kernels that compute a plain layer in bfloat16 on such a device, whatever they read."""
+    spec = AttentionSpec(8, 2, 64, 64, 0.125)
+    tokens = torch.empty(1, 256, spec.num_kv_heads, spec.key_dim, dtype=torch.bfloat16, device=device)
+    table = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    views: tuple[CacheView, ...] = LayerView(tokens, tokens), PagedLayerView(tokens, tokens, table)
+    return [
+        name for name, kernel in KERNELS.items() if any(_unsupported(kernel, spec, view) is None for view in views)
+    ]
 
 
 def _unsupported(kernel: AttentionKernel[Any], spec: AttentionSpec, view: CacheView) -> str | None:

@@ -76,11 +76,14 @@ def memory() -> dict[str, Any]:
 
 
 def kernels() -> dict[str, Any]:
-    """Attention kernels by name, the first choice first; and whether the C kernels were built and can run here."""
-    from vattention.attention.registry import KERNELS
+    """Attention kernels that run here, the first choice first; and whether the C kernels were built and can run."""
+    import torch
+
+    from vattention.attention.registry import runnable
     from vattention.native import kernels as compiled_kernels
 
-    return {"attention": list(KERNELS), "compiled": compiled_kernels() is not None}
+    on_gpus = {"attention_on_cuda": runnable("cuda")} if torch.cuda.is_available() else {}
+    return {"attention": runnable("cpu"), **on_gpus, "compiled": compiled_kernels() is not None}
 
 
 def driver(device: str) -> dict[str, Any]:
