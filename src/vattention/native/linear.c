@@ -55,7 +55,7 @@ typedef struct {
 } tile_args;
 
 /* Most rows for which multiplying quantized panels as they are takes less time than unpacking them. */
-enum { QUANTIZED_ROWS = 4 };
+enum { QUANTIZED_ROWS = 4, QUANTIZED_BATCH = 16 };
 
 /* Multiplications below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 16 };
@@ -85,6 +85,9 @@ typedef struct {
 #include "linear_tile.h"
 #if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 9)
 #include "quantized_few.h"
+#ifdef HAVE_AMX
+#include "quantized_amx.h"
+#endif
 #define HAVE_FEW
 #endif
 #endif
@@ -107,6 +110,7 @@ static struct {
     const tile_set *float32, *bfloat16; /* for any size */
     const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of TILE_STEPS; or NULL */
     const tile_set *int8, *int4;        /* for few rows of bfloat16 and quantized panels; or NULL */
+    const tile_set *int8_batch, *int4_batch; /* for some more rows; or NULL */
 } best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
 
 __attribute__((constructor)) static void find_best(void) {
@@ -123,17 +127,23 @@ __attribute__((constructor)) static void find_best(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
         best.float32 = &float32_set_avx512;
         best.bfloat16 = &bfloat16_set_avx512;
-#ifdef HAVE_FEW
-        if (__builtin_cpu_supports("avx512vnni")) {
-            best.int8 = &int8_set;
-            best.int4 = &int4_set;
-        }
-#endif
 #if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
         if (__builtin_cpu_supports("avx512bf16")) {
             best.pairs = &dot_set;
 #ifdef HAVE_AMX
             best.tiles = amx_granted() ? &amx_set : NULL;
+#endif
+        }
+#endif
+#ifdef HAVE_FEW
+        if (__builtin_cpu_supports("avx512vnni")) {
+            best.int8 = &int8_set;
+            best.int4 = &int4_set;
+#ifdef HAVE_AMX
+            if (best.tiles) {
+                best.int8_batch = &int8_batch_set;
+                best.int4_batch = &int4_batch_set;
+            }
 #endif
         }
 #endif
@@ -154,6 +164,9 @@ static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows
     }
     if (weight->format != PLAIN && num_rows <= QUANTIZED_ROWS && best.int8) {
         return weight->format == INT8 ? best.int8 : best.int4;
+    }
+    if (weight->format != PLAIN && num_rows <= QUANTIZED_BATCH && best.int8_batch) {
+        return weight->format == INT8 ? best.int8_batch : best.int4_batch;
     }
     if (best.tiles && num_in % TILE_STEPS == 0) {
         return best.tiles;
@@ -232,6 +245,7 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
     const int64_t out = panel * COLUMNS, most = j->set->tile_rows;
     const int64_t panel_nbytes = vattention_panel_nbytes(w);
     const int64_t num_tiles = (rows + most - 1) / most;
+    const int64_t taken_nbytes = num_groups(w->num_in) * j->set->take_nbytes;
     const char *packed = (const char *)w->packed + panel * panel_nbytes;
     if (j->unpacks) {
         vattention_unpack(w, panel, j->set->widens ? FLOAT32 : BFLOAT16, unpacked);
@@ -254,7 +268,8 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
         const int64_t end = j->set->begin ? (row + most < rows ? row + most : rows) : rows * (tile + 1) / num_tiles;
         args.rows = end - row;
         args.first = tile == 0 && !j->unpacks;
-        args.widened = widened + row * STRIP_STRIDE;
+        args.widened = j->set->take ? (const float *)((const char *)widened + row * taken_nbytes)
+                                    : widened + row * STRIP_STRIDE;
         args.x = (const char *)j->x + (first + row) * j->x_stride * element;
         args.ahead = packed + panel_nbytes + panel_nbytes * tile / num_tiles;
         args.y = y + row * j->y_stride * y_element;

@@ -7,6 +7,9 @@
  */
 #define FEW_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 
+/* A group takes as long as twice its bytes of plain weights, or more. */
+enum { FEW_AHEAD = 2 * AHEAD };
+
 /* A row's numbers in one group, four to a word in the order in which a line's words hold the steps. */
 typedef struct {
     int32_t high[GROUP / 4], low[GROUP / 4];
@@ -84,12 +87,12 @@ FEW_TARGET INLINE void few_tile(const tile_args *args, const int rows, const int
             low[0][m] = low[1][m] = _mm512_set1_epi32(x[m * num_groups].low_start);
         }
         const char *line = group + 2 * COLUMNS;
-        __builtin_prefetch(group + AHEAD, 0, 3);
+        __builtin_prefetch(group + FEW_AHEAD, 0, 3);
 #pragma GCC unroll 8
         for (int k = 0; k < GROUP / 4; k += 8 / bits) {
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++, line += LINE) {
-                __builtin_prefetch(line + AHEAD, 0, 3);
+                __builtin_prefetch(line + FEW_AHEAD, 0, 3);
                 const __m512i own = _mm512_loadu_si512(line);
 #pragma GCC unroll 2
                 for (int part = 0; part < 8 / bits; part++) {
