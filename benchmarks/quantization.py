@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("products", "steps", "quality"))
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring a product of one shape")
     parser.add_argument("--turns", type=int, default=40, help="decode steps that are measured")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=160, help="of each text")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
@@ -171,7 +172,7 @@ def main() -> None:
     }
     sections: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "products": lambda: (row for shape in SHAPES for row in products(*shape, args.seconds)),
-        "steps": lambda: (row for batch in (1, 4, 16) for row in steps(args.model, batch, 256, args.turns)),
+        "steps": lambda: (row for batch in args.batches for row in steps(args.model, batch, 256, args.turns)),
         "quality": lambda: quality(args.model, args.tokens),
     }
     for name, section in sections.items():

@@ -39,6 +39,7 @@ def test_what_swap_space_cannot_be(text: str) -> None:
         ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
         ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
         ({"quantization": "int3"}, "quantization='int3' is not known; there are 'int8', 'int4'"),
+        ({"quantization": "int8", "device": "cuda"}, "and device='cuda' is none; leave one of them out"),
     ],
 )
 def test_managers_and_their_options_are_checked(options: dict[str, Any], message: str) -> None:

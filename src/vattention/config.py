@@ -128,6 +128,11 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} is not known; there are {', '.join(map(repr, known))}")
         if self.quantization not in (None, "int8", "int4"):
             raise ConfigError(f"quantization={self.quantization!r} is not known; there are 'int8', 'int4' and None")
+        if self.quantization is not None and self.device != "cpu":
+            raise ConfigError(
+                f"quantization={self.quantization!r} is for models in processor memory, and device={self.device!r} "
+                "is none; leave one of them out"
+            )
         if not 1 <= self.block_size <= MAX_BLOCK_SIZE:
             raise ConfigError(f"block_size must be 1 to {MAX_BLOCK_SIZE} tokens, not {self.block_size}")
         if self.enable_prefix_caching and self.kv == "reserved":

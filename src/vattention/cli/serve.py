@@ -79,12 +79,13 @@ def welcome(engine: AsyncEngine, url: str, name: str, api_key: str | None) -> st
     # Without a tokenizer the server takes and gives token ids.
     prompt = "The capital of France is" if engine.tokenizer is not None else [1, 2, 3]
     body = shlex.quote(json.dumps({"model": name, "prompt": prompt, "max_tokens": 16}))
+    precision = "" if engine.config.quantization is None else f" in {engine.config.quantization}"
     key = ' -H "Authorization: Bearer $VATTENTION_API_KEY"' if api_key else ""
     return "\n".join(
         (
             "",
             f"  address    {url}",
-            f"  model      {name}, up to {engine.max_model_len:,} tokens of context, "
+            f"  model      {name}{precision}, up to {engine.max_model_len:,} tokens of context, "
             f"{engine.config.max_num_seqs:,} sequences at the same time",
             f"  memory     {size(available)} available, at most {size(accounts.limit_nbytes)} for the KV cache",
             f"  KV cache   {size(accounts.reserved_nbytes)} of addresses reserved, "

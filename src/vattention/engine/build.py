@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
-from vattention.errors import ConfigError
 from vattention.kv.build import create_manager, create_swap_space
 from vattention.model.fingerprint import fingerprint
 from vattention.model.fused_layer import fuse_layers
@@ -29,11 +28,6 @@ def build(config: EngineConfig) -> Parts:
     """
     loaded = load(config)
     swap_space = create_swap_space(config, str(loaded.model.device))
-    if config.quantization is not None and loaded.model.device.type != "cpu":
-        raise ConfigError(
-            f"quantization={config.quantization!r} is for models in processor memory, and this one is on "
-            f"{loaded.model.device}; leave quantization out"
-        )
     identity = fingerprint(loaded.model)
     if config.quantization is not None:
         # Keys and values are those of other weights.

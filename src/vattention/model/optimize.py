@@ -27,7 +27,13 @@ from vattention.model.linear import (
     is_plain_linear,
     standing_for,
 )
-from vattention.model.quantized import QUANTIZATIONS, QuantizedEmbedding, QuantizedMethod, is_lookup
+from vattention.model.quantized import (
+    QUANTIZATIONS,
+    QuantizedEmbedding,
+    QuantizedMethod,
+    is_lookup,
+    is_way_into_attention,
+)
 from vattention.native import Kernels, kernels
 
 _log = logging.getLogger(__name__)
@@ -173,9 +179,11 @@ class _Optimizer:
             return module
         return self._rms_norm(self._kernels, module, name)
 
-    def _method(self, num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
+    def _method(
+        self, num_out: int, num_in: int, dtype: torch.dtype, *, delicate: bool = False
+    ) -> type[LinearMethod]:
         if self._quantization is not None:
-            return self._quantization.method(dtype)
+            return self._quantization.method(dtype, delicate=delicate)
         shape = (num_out, num_in, dtype)
         if shape not in self._methods:
             self._methods[shape] = fastest_method(*shape)
@@ -183,7 +191,8 @@ class _Optimizer:
 
     def _linear(self, linear: nn.Linear, name: str) -> nn.Module:
         if self._quantization is not None:
-            quantized = self._quantization.method(linear.weight.dtype, is_output=linear is self._output)
+            delicate = linear is self._output or is_way_into_attention(name)
+            quantized = self._quantization.method(linear.weight.dtype, delicate=delicate)
             return self._quantized(quantized, linear, name)
         method = self._method(linear.out_features, linear.in_features, linear.weight.dtype)
         if method is TorchLinear:
@@ -264,7 +273,8 @@ class _Optimizer:
                 self._several_sites[replacement] = replacement
                 setattr(module, attribute, replacement)
         dtype = parts.q_proj.weight.dtype
-        fused = fuse(kernels, module, parts, self._method(*parts.shape, dtype), self._notes, row_difference)
+        method = self._method(*parts.shape, dtype, delicate=True)
+        fused = fuse(kernels, module, parts, method, self._notes, row_difference)
         tolerance = self._leeway * _ROTATED * TOLERANCE[dtype]
         if fused is None or not fused[1] <= tolerance:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.

@@ -109,7 +109,7 @@ def pack(form: type[Format], weight: Tensor) -> Tensor:
         rows = F.pad(rows, (0, -num_in % GROUP, 0, -len(rows) % COLUMNS))
         codes, scales = form.quantize(rows.reshape(-1, num_groups, GROUP))
         own = panels[part]
-        own[..., :_SCALES_NBYTES] = _by_panel(scales).view(torch.uint8).view(len(own), num_groups, -1)
+        own[..., :_SCALES_NBYTES] = _by_panel(scales).view(torch.uint8)
         own[..., _SCALES_NBYTES:] = _lines(form, codes).view(len(own), num_groups, -1)
     return panels
 
@@ -152,13 +152,15 @@ def _by_panel(rows: Tensor) -> Tensor:
 
 
 def _lines(form: type[Format], codes: Tensor) -> Tensor:
-    """Codes [panels * 32, groups, 32] as bytes [panels, groups, lines, 2, 16, 4], with a line for each bit."""
-    split = _by_panel(codes).view(torch.uint8).view(-1, codes.shape[1], 2, _HALF, form.bits, 16 // form.bits, 2)
-    # panel, group, half, column, line, t, s: steps of a word differ in t.
-    split = split.permute(0, 1, 4, 2, 3, 6, 5)
+    """Codes [panels * 32, groups, 32] as bytes [panels, groups, lines, 32, 4], with a line for each bit."""
+    num_rows, num_groups, _ = codes.shape
+    # Steps of a word differ in the last but one dimension.
+    split = codes.view(torch.uint8).view(num_rows, num_groups, form.bits, 16 // form.bits, 2).transpose(-1, -2)
     if form.bits == 4:
         split = (split[..., 0::2] & 15) | (split[..., 1::2] << 4)
-    return split.contiguous()
+    # A column's four bytes of a line move as one.
+    own = split.contiguous().view(num_rows, num_groups, -1).view(torch.int32)
+    return own.view(-1, COLUMNS, num_groups, form.bits).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
 
 
 def _codes(form: type[Format], lines: Tensor) -> Tensor:
