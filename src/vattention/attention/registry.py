@@ -79,7 +79,9 @@ def choose(name: str, spec: AttentionSpec, view: View) -> AttentionKernel[View]:
 
 
 def runnable(device: str) -> list[str]:
-    """Names of the kernels that compute a plain layer in bfloat16 on such a device, whatever they read."""
+    """Names of the kernels that compute a plain layer in bfloat16 on "cpu" or "cuda", whatever they read."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return []
     spec = AttentionSpec(8, 2, 64, 64, 0.125)
     tokens = torch.empty(1, 256, spec.num_kv_heads, spec.key_dim, dtype=torch.bfloat16, device=device)
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)

@@ -77,13 +77,15 @@ def memory() -> dict[str, Any]:
 
 def kernels() -> dict[str, Any]:
     """Attention kernels that run here, the first choice first; and whether the C kernels were built and can run."""
-    import torch
-
     from vattention.attention.registry import runnable
     from vattention.native import kernels as compiled_kernels
 
-    on_gpus = {"attention_on_cuda": runnable("cuda")} if torch.cuda.is_available() else {}
-    return {"attention": runnable("cpu"), **on_gpus, "compiled": compiled_kernels() is not None}
+    on_gpus = runnable("cuda")
+    return {
+        "attention": runnable("cpu"),
+        **({"attention_on_cuda": on_gpus} if on_gpus else {}),
+        "compiled": compiled_kernels() is not None,
+    }
 
 
 def driver(device: str) -> dict[str, Any]:
