@@ -1,6 +1,6 @@
 """What weights in 8 and 4 bits cost and bring: products, decode steps and quality by format, formats taking turns.
 
-    python -m benchmarks.quantization --json quantization.json    # about five minutes, most of them for quality
+    python -m benchmarks.quantization --json quantization.json    # some minutes, most of them for quality
 
 Products walk over copies of a weight that together exceed the caches. Quality is the Kullback-Leibler divergence of
 the next token's distribution from that of the weights as they came, over texts that those wrote themselves at
