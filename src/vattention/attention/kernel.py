@@ -43,10 +43,12 @@ class Parts:
     Attributes:
         short: [n, 4] int64, the spans of few rows, in the order of the batch.
         long: the other spans.
+        long_spans: these as [n, 4] int64.
     """
 
     short: torch.Tensor
     long: tuple[Span, ...]
+    long_spans: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +96,9 @@ class RaggedBatch:
 
     def _parts(self, most_rows: int) -> Parts:
         short = [span for span in self.spans if span[2] <= most_rows]
-        return Parts(
-            torch.tensor(short, dtype=torch.int64).reshape(-1, 4),
-            tuple(span for span in self.spans if span[2] > most_rows),
-        )
+        long = tuple(span for span in self.spans if span[2] > most_rows)
+        short_spans, long_spans = (torch.tensor(part, dtype=torch.int64).reshape(-1, 4) for part in (short, long))
+        return Parts(short_spans, long, long_spans)
 
 
 View_contra = TypeVar("View_contra", bound=CacheView, contravariant=True)

@@ -61,19 +61,29 @@ class BatchAttention:
         """Layers that have asked."""
         return self._num_attended
 
-    def claim(self, module: nn.Module, dtype: torch.dtype) -> tuple[AttentionCache, RaggedBatch] | None:
+    def claim(
+        self, module: nn.Module, dtype: torch.dtype, prefills: bool
+    ) -> tuple[AttentionCache, RaggedBatch] | None:
         """The layer's turn, for a caller that stores keys and values and attends itself, with the compiled kernel.
 
-        None where it cannot: a sequence brings more than one token, the layer's kernel is another, or its cache is
-        not of the caller's type.
+        None where it cannot: a sequence brings more than one token and the caller does not prefill, the layer's
+        kernel is another, or its cache is not of the caller's type.
         """
-        cache = self._caches.get(module)
-        if cache is None or self._batch is None or not self._batch.is_decode:
-            return None
-        if self.places[module].view.keys.dtype != dtype:
+        cache = self.cache(module, dtype)
+        if cache is None or self._batch is None or not (prefills or self._batch.is_decode):
             return None
         self._turn(module)
         return cache, self._batch
+
+    def cache(self, module: nn.Module, dtype: torch.dtype) -> AttentionCache | None:
+        """The layer's cache for a caller like `claim`'s, if it can be had at all."""
+        cache = self._caches.get(module)
+        return cache if cache is not None and self.places[module].view.keys.dtype == dtype else None
+
+    def claim_all(self) -> None:
+        """The turns of all layers of a forward pass."""
+        for module in self.places:
+            self._turn(module)
 
     def _turn(self, module: nn.Module) -> tuple[Place, RaggedBatch]:
         place = self.places[module]

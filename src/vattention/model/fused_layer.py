@@ -1,8 +1,10 @@
-"""Whole decoder layers in one call of compiled code, for the steps in which every sequence brings one token.
+"""Whole decoder layers in one call of compiled code.
 
-In such a step a small model computes for some microseconds at a time, and Python between the computations takes as
-long. A layer qualifies whose parts are fused already and lie as Llama's or Gemma's do. Whether it adds them up in
-the same way is not read from its code: both are run on a small cache, and other results mean that the layer stays.
+In a decode step a small model computes for some microseconds at a time, and Python between the computations takes
+as long; over a long prompt, fresh memory for what lies between them does. Without matrix tiles the layers take only
+steps in which every sequence brings one token. A layer qualifies whose parts are fused already and
+lie as Llama's or Gemma's do. Whether it adds them up in the same way is not read from its code: both are run on a
+small cache, and other results mean that the layer stays.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from vattention.model.hook import AttentionHook
 from vattention.model.linear import NativeLinear, PackedLinear
 from vattention.model.optimize import TOLERANCE, row_difference
 from vattention.model.probe import ModelAttention
-from vattention.native import DecoderLayer, Kernels, Norm, kernels
+from vattention.native import DecoderLayer, Kernels, Norm, Workspace, kernels
 
 _log = logging.getLogger(__name__)
 
@@ -92,30 +94,21 @@ class Parts(NamedTuple):
         return cls(fused, linears[0], linears[1], mlp, linears[2], linears[3], norms)  # type: ignore[arg-type]
 
 
-class Workspace:
-    """Memory that a model's layers work in, one after the other."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._memory = torch.empty(0, dtype=dtype)
-
-    def take(self, numel: int) -> Tensor:
-        if numel > len(self._memory):
-            self._memory = torch.empty(numel, dtype=self._memory.dtype)
-        return self._memory
-
-
 class FusedLayer:
     """The `forward` of a decoder layer, for batches that `BatchAttention` lets it have; others go to the module's.
 
     Args:
         attention_module: whose turn in the forward pass is this layer's.
+
+    Attributes:
+        prefills: whether sequences may bring more than one token.
     """
 
     def __init__(
         self,
         kernels: Kernels,
         layer: nn.Module,
-        attention_module: Any,
+        attention_module: nn.Module,
         parts: Parts,
         spec: AttentionSpec,
         workspace: Workspace,
@@ -123,7 +116,7 @@ class FusedLayer:
         self._kernels = kernels
         self._original = layer.forward
         self._attention_module = attention_module
-        self._config = attention_module.config
+        self._config: Any = attention_module.config
         self._workspace = workspace
         self._head_dim = parts.attention.head_dim
         self._hidden = parts.down.num_out
@@ -142,19 +135,42 @@ class FusedLayer:
             self._hidden,
             kernels.number_type(self._dtype),
         )
-        self._width = kernels.layer_width(self._layer)
+        self.prefills = kernels.can_prefill(heads, self._dtype)
+
+    @property
+    def native(self) -> DecoderLayer:
+        """The layer as the compiled code takes it, good as long as this."""
+        return self._layer
+
+    @property
+    def attention_module(self) -> nn.Module:
+        return self._attention_module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def head_dim(self) -> int:
+        return self._head_dim
+
+    @property
+    def hidden(self) -> int:
+        return self._hidden
 
     def __call__(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         embeddings = keywords.get("position_embeddings")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, None)
         if isinstance(attend, BatchAttention) and embeddings is not None and self._fits(hidden_states, *embeddings):
-            claimed = attend.claim(self._attention_module, self._dtype)
+            claimed = attend.claim(self._attention_module, self._dtype, self.prefills)
             if claimed is not None:
                 cache, batch = claimed
                 cosines, sines = embeddings
-                x = hidden_states.clone()
-                workspace = self._workspace.take(self._width * x.shape[1])
-                self._kernels.layer(self._layer, cache, batch.parts(1).short, cosines[0], sines[0], workspace, x[0])
+                x, parts = hidden_states.clone(), batch.parts(1)
+                self._kernels.layer(
+                    *(self._layer, cache, parts.short, parts.long_spans),
+                    *(cosines[0], sines[0], self._workspace, x[0]),
+                )
                 return x
         return self._original(hidden_states, *args, **keywords)
 
@@ -180,7 +196,7 @@ def fuse_layers(model: PreTrainedModel, attention: ModelAttention) -> int:
     compiled = kernels()
     if compiled is None:
         return 0
-    workspace = Workspace(model.dtype)
+    workspace = Workspace()
     num_fused = 0
     for own in attention.layers:
         name, _, last = own.name.rpartition(".")

@@ -7,9 +7,7 @@ interface here; `fastest_method` measures which one this machine likes for a sha
 
 from __future__ import annotations
 
-import ctypes
 import math
-import mmap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vattention.native import Largest, LinearWeight, ScreenCopy, WeightFormat, kernels
+from vattention.native.huge import huge_empty
 
 COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
@@ -30,9 +29,6 @@ _MOST_SCREENED = 1 << 16
 
 _RESTS = 8
 """Steps without a screen after one that was of no use."""
-
-_MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
-_HUGE_PAGE_NBYTES = 2 << 20
 
 
 class LinearMethod(Protocol):
@@ -291,23 +287,6 @@ def _panels_of(weight: Tensor) -> Tensor:
         elif len(part):
             part.copy_(F.pad(rows, (0, 1)).view(-1, COLUMNS, num_steps, width).transpose(1, 2))
     return panels
-
-
-def huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor that starts at a cache line; a large one at a huge page, and asks for those.
-
-    Streaming a weight through 4 KiB pages spends a tenth of the bandwidth on misses of the translation buffer.
-    """
-    nbytes = numel * dtype.itemsize
-    advice = _MADV_HUGEPAGE if nbytes >= _HUGE_PAGE_NBYTES else None
-    alignment = 64 if advice is None else _HUGE_PAGE_NBYTES
-    buffer = torch.empty(nbytes + alignment, dtype=torch.uint8)
-    start = -buffer.data_ptr() % alignment
-    if advice is not None:
-        # A hint: a system that refuses it is slower, not wrong.
-        address = ctypes.c_void_p(buffer.data_ptr() + start)
-        ctypes.CDLL(None).madvise(address, ctypes.c_size_t(nbytes), ctypes.c_int(advice))
-    return buffer[start : start + nbytes].view(dtype)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

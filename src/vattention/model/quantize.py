@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vattention.model.linear import COLUMNS, huge_empty
+from vattention.model.linear import COLUMNS
 from vattention.native import WeightFormat
+from vattention.native.huge import huge_empty
 
 GROUP = 32
 """Inputs whose weights share a scale."""

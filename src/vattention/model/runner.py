@@ -16,6 +16,7 @@ from vattention.core import Chunk
 from vattention.errors import UnsupportedModelError
 from vattention.kv.manager import KVManager
 from vattention.model.batch_attention import BatchAttention, Place
+from vattention.model.decoder_stack import DecoderStack
 from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
 from vattention.model.predictions import GivenLogits, Predictions
@@ -55,6 +56,7 @@ class ModelRunner:
         self._hook = AttentionHook(model, self._attention)
         with self.suspended():
             self._output_layer = plain_output_layer(model)
+        self._stack = None if self._output_layer is None else DecoderStack.of(model, self._attention)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -89,7 +91,7 @@ class ModelRunner:
         self._attention.begin(batch)
         try:
             with torch.inference_mode():
-                predictions = self._predictions(inputs, wanted)
+                predictions = self._predictions(batch, inputs, wanted)
         finally:
             self._attention.end()
         num_attended, num_layers = self._attention.num_attended, len(self._attention.places)
@@ -111,14 +113,17 @@ class ModelRunner:
         self._hook.close()
         self._attention = BatchAttention({})
 
-    def _predictions(self, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
+    def _predictions(self, batch: RaggedBatch, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         if not wanted:
             self._model.base_model(**inputs)
             vocab_size = self._model.config.get_text_config().vocab_size
             return GivenLogits(torch.empty(0, vocab_size, device=self._device))
         if self._output_layer is not None:
-            hidden = self._model.base_model(**inputs).last_hidden_state[0]
+            if self._stack is not None and self._stack.takes(batch):
+                hidden = self._stack(inputs["input_ids"][0], batch)
+            else:
+                hidden = self._model.base_model(**inputs).last_hidden_state[0]
             return HiddenStates(hidden[rows], self._output_layer, self._scratch)
         if self._keeps_rows:
             logits: torch.Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]

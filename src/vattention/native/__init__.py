@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from functools import cache
@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from vattention.native.huge import huge_empty
 
 _log = logging.getLogger(__name__)
 
@@ -188,10 +190,57 @@ class DecoderLayer(ctypes.Structure):
     )
 
 
-class _Tokens(ctypes.Structure):
-    """`vattention_tokens` of layer.c."""
+class StackedLayer(ctypes.Structure):
+    """`vattention_stacked` of stack.c: a layer over its cache, and which cosines and sines it takes."""
 
-    _fields_ = (("num_tokens", c_int64), ("spans", c_void_p), ("workspace", c_void_p))
+    _fields_ = (
+        ("layer", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("tables", c_void_p),
+        ("rotary", c_int64),
+    )
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, cache: AttentionCache, rotary: int) -> StackedLayer:
+        """Both are kept alive by who made this."""
+        return cls(ctypes.addressof(layer), *cache.addresses, rotary)
+
+
+class _Rotary(ctypes.Structure):
+    """`vattention_rotary` of stack.c."""
+
+    _fields_ = (("cosines", c_void_p), ("sines", c_void_p))
+
+
+class _Batch(ctypes.Structure):
+    """`vattention_batch` of layer.c."""
+
+    _fields_ = (
+        ("num_tokens", c_int64),
+        ("short_spans", c_void_p),
+        ("long_spans", c_void_p),
+        ("num_short", c_int64),
+        ("num_long", c_int64),
+        ("workspace", c_void_p),
+    )
+
+    @classmethod
+    def of(cls, num_tokens: int, short: Tensor, long: Tensor) -> _Batch:
+        return cls(num_tokens, short.data_ptr(), long.data_ptr(), len(short), len(long), None)
+
+
+class Workspace:
+    """Memory that a model's layers work in, one after the other, kept for the next batch."""
+
+    def __init__(self) -> None:
+        self._memory = huge_empty(0, torch.uint8)
+
+    def address(self, nbytes: int) -> int:
+        """Of so many bytes, from a cache line on; good until the next call."""
+        if len(self._memory) < nbytes:
+            self._memory = huge_empty(nbytes, torch.uint8)
+        return self._memory.data_ptr()
 
 
 class Kernels:
@@ -252,12 +301,21 @@ class Kernels:
             *(c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_void_p),
         )
 
-        self._layer_width = library.vattention_layer_width
-        self._layer_width.restype = c_int64
-        self._layer_width.argtypes = (c_void_p,)
+        self._can_prefill = library.vattention_can_prefill
+        self._can_prefill.restype = c_int32
+        self._can_prefill.argtypes = (c_void_p, c_int32)
+        self._layer_nbytes = library.vattention_layer_nbytes
+        self._layer_nbytes.restype = c_int64
+        self._layer_nbytes.argtypes = (c_void_p, c_void_p, c_int32)
+        self._stack_nbytes = library.vattention_stack_nbytes
+        self._stack_nbytes.restype = c_int64
+        self._stack_nbytes.argtypes = (c_void_p, c_int64, c_void_p, c_int32)
         self._layer = library.vattention_layer_forward
         self._layer.restype = c_int32
         self._layer.argtypes = (*(c_void_p,) * 8, c_int32, c_void_p)
+        self._stack = library.vattention_stack_forward
+        self._stack.restype = c_int32
+        self._stack.argtypes = (c_void_p, c_int64, *(c_void_p,) * 4, c_int32, c_void_p)
 
     def linear(self, weight: LinearWeight, x: Tensor, y: Tensor) -> None:
         """y[rows, out] = x[rows, in] W^T + b; one row or more, y and rows of x contiguous.
@@ -400,41 +458,76 @@ class Kernels:
         """What the compiled code calls a type."""
         return _DTYPES[dtype]
 
-    def layer_width(self, layer: DecoderLayer) -> int:
-        """Numbers that one token needs in `layer`'s workspace."""
-        width: int = self._layer_width(ctypes.addressof(layer))
-        return width
+    def can_prefill(self, heads: AttentionHeads, dtype: torch.dtype) -> bool:
+        """Whether `layer` and `stack` take spans of more than one row over a cache of this type."""
+        return dtype in _DTYPES and bool(self._can_prefill(ctypes.addressof(heads), _DTYPES[dtype]))
 
     def layer(
         self,
         layer: DecoderLayer,
         cache: AttentionCache,
-        spans: Tensor,
+        short: Tensor,
+        long: Tensor,
         cosines: Tensor,
         sines: Tensor,
-        workspace: Tensor,
+        workspace: Workspace,
         x: Tensor,
     ) -> None:
         """x[tokens, hidden] through a decoder layer, in place; stores the tokens' keys and values.
 
         Args:
-            spans: [tokens, 4] contiguous int64: slot, row, 1, position.
+            short, long: spans of one row and of more, [n, 4] contiguous int64: slot, first row, number of rows,
+                position of the first.
             cosines, sines: contiguous [tokens, head_dim], of x's type.
-            workspace: `layer_width` numbers of x's type for each token.
         """
-        tokens = _Tokens(x.shape[0], spans.data_ptr(), workspace.data_ptr())
+        batch, num_threads = _Batch.of(x.shape[0], short, long), torch.get_num_threads()
+        address = ctypes.addressof(layer)
+        batch.workspace = workspace.address(self._layer_nbytes(address, ctypes.addressof(batch), num_threads))
         status = self._layer(
-            ctypes.addressof(layer),
+            address,
             *cache.addresses,
-            ctypes.addressof(tokens),
+            ctypes.addressof(batch),
             cosines.data_ptr(),
             sines.data_ptr(),
             x.data_ptr(),
-            torch.get_num_threads(),
+            num_threads,
             self._parallel,
         )
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a layer of {x.shape[0]} rows")
+
+    def stack(
+        self,
+        layers: ctypes.Array[StackedLayer],
+        norm: Norm,
+        short: Tensor,
+        long: Tensor,
+        rotaries: Sequence[tuple[Tensor, Tensor]],
+        workspace: Workspace,
+        x: Tensor,
+    ) -> None:
+        """x[tokens, hidden] through all decoder layers and the norm behind them, in place, as `layer` does.
+
+        Args:
+            rotaries: cosines and sines, by the number that layers have.
+        """
+        batch, num_threads = _Batch.of(x.shape[0], short, long), torch.get_num_threads()
+        address = ctypes.addressof(layers)
+        nbytes = self._stack_nbytes(address, len(layers), ctypes.addressof(batch), num_threads)
+        batch.workspace = workspace.address(nbytes)
+        pairs = (_Rotary * len(rotaries))(*((one.data_ptr(), other.data_ptr()) for one, other in rotaries))
+        status = self._stack(
+            address,
+            len(layers),
+            ctypes.addressof(norm),
+            ctypes.addressof(batch),
+            ctypes.addressof(pairs),
+            x.data_ptr(),
+            num_threads,
+            self._parallel,
+        )
+        if status != 0:
+            raise MemoryError(f"no memory for the workspace of layers of {x.shape[0]} rows")
 
 
 @cache

@@ -36,10 +36,6 @@ enum { TOGETHER = 4 };
 /* Numbers of the cache below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 15 };
 
-typedef struct {
-    int64_t slot, first_row, num_rows, start;
-} span;
-
 /* Query rows of one sequence that share a kv head lie together: number (kv head, row, head of the group). */
 typedef struct {
     const vattention_heads *heads;
@@ -136,7 +132,7 @@ typedef struct {
     vattention_tables tables;
     const void *query;
     int64_t query_row_stride, query_head_stride;
-    const span *spans;
+    const vattention_span *spans;
     int64_t num_spans;
     const float *sinks;
     void *output;
@@ -175,7 +171,7 @@ static void begin(const job *j, state s, int64_t num_rows) {
     memset(s.values, 0, (size_t)(n * j->padded_value_dim) * sizeof(float));
 }
 
-static void finish(const job *j, const span *sp, state s) {
+static void finish(const job *j, const vattention_span *sp, state s) {
     const vattention_heads *heads = j->heads;
     const int64_t group = heads->num_heads / heads->num_kv_heads;
     const int64_t out_nbytes = j->dtype == BFLOAT16 ? 2 : 4;
@@ -187,7 +183,7 @@ static void finish(const job *j, const span *sp, state s) {
     }
 }
 
-static void prepare(const job *j, const span *sp, void *query) {
+static void prepare(const job *j, const vattention_span *sp, void *query) {
     const vattention_heads *heads = j->heads;
     const int64_t group = heads->num_heads / heads->num_kv_heads;
     for (int64_t i = 0; i < sp->num_rows * heads->num_heads; i++) {
@@ -249,7 +245,7 @@ static void work(void *argument) {
             which++;
         }
         plan *p = &j->plans[which];
-        const span *sp = &j->spans[which];
+        const vattention_span *sp = &j->spans[which];
         const int64_t n = sp->num_rows * heads->num_heads;
         const int64_t first = first_key(heads, sp->start), end = sp->start + sp->num_rows;
         const int64_t from = (item - p->first_item) * j->strips_each;
@@ -296,7 +292,7 @@ static void work(void *argument) {
  * untouched. */
 int32_t vattention_attend(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
                           const vattention_tables *tables, int32_t dtype, const void *query, int64_t query_row_stride,
-                          int64_t query_head_stride, const void *spans, int64_t num_spans, const float *sinks,
+                          int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, const float *sinks,
                           void *output, int32_t num_threads, parallel_fn parallel) {
     job j = {
         .set = best_set(),
@@ -319,7 +315,7 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
     int64_t most_rows = 0, num_strips = 0, num_keys = 0;
     const size_t plans_nbytes = (size_t)padded(num_spans * (int64_t)sizeof(plan), 64);
     for (int64_t i = 0; i < num_spans; i++) {
-        const span *sp = &j.spans[i];
+        const vattention_span *sp = &j.spans[i];
         const int64_t first = first_key(heads, sp->start), end = sp->start + sp->num_rows;
         most_rows = most_rows > sp->num_rows ? most_rows : sp->num_rows;
         num_strips += (end - 1) / heads->strip - first / heads->strip + 1;
@@ -344,7 +340,7 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
     j.shared = j.scratch + threads * j.scratch_floats;
     int64_t next_state = 0;
     for (int64_t i = 0; i < num_spans; i++) {
-        const span *sp = &j.spans[i];
+        const vattention_span *sp = &j.spans[i];
         plan *p = &j.plans[i];
         p->first_strip = first_key(heads, sp->start) / heads->strip;
         p->num_strips = (sp->start + sp->num_rows - 1) / heads->strip - p->first_strip + 1;

@@ -11,6 +11,11 @@ enum { TILE_STEPS = 32 };
 /* Bytes between what is multiplied and what is fetched: far enough for memory's latency at its full speed. */
 enum { AHEAD = 1024 };
 
+/* The activation x sigmoid(x (linear + cubic x^2)) of a gated linear unit. */
+typedef struct {
+    float linear, cubic;
+} vattention_gating;
+
 /* Forms of a weight: numbers of its type, or quantized. */
 enum { PLAIN = 0, INT8 = 1, INT4 = 2 };
 /* Steps of the inner dimension whose quantized numbers share a scale, and bytes of a line of such numbers. */
@@ -83,8 +88,45 @@ int64_t vattention_panel_nbytes(const vattention_weight *weight);
  * zeros up to a whole group. */
 void vattention_unpack(const vattention_weight *weight, int64_t panel, int32_t dtype, void *out);
 
+/* A root mean square norm. */
+typedef struct {
+    const float *scale; /* [hidden], or NULL for no norm */
+    float epsilon;
+} vattention_norm;
+
+typedef struct {
+    const vattention_weight *query_key_value, *attention_out, *gate_up, *down;
+    const vattention_rotation *rotation;
+    const vattention_heads *heads;
+    vattention_norm before_attention, after_attention, before_mlp, after_mlp;
+    vattention_gating gating;
+    int64_t hidden;
+    int32_t dtype;
+} vattention_layer;
+
+/* A sequence's share of a batch: its rows [first_row, first_row + num_rows) are the tokens at positions [start, ...). */
+typedef struct {
+    int64_t slot, first_row, num_rows, start;
+} vattention_span;
+
+/* A batch: the spans of one row, those of more, and where the layers work. */
+typedef struct {
+    int64_t num_tokens;
+    const vattention_span *short_spans, *long_spans;
+    int64_t num_short, num_long;
+    void *workspace; /* from a cache line on, of as many bytes as `vattention_layer_nbytes` says */
+} vattention_batch;
+
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel);
+
+/* Rows from which on arithmetic takes longer than reading a weight. */
+enum { TALL = 128 };
+
+int vattention_can_tall(const vattention_weight *weight);
+
+int32_t vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
+                        int32_t y_dtype, const vattention_gating *gating, int32_t num_threads, parallel_fn parallel);
 
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
                            int64_t x_stride, int64_t num_rows, int64_t *columns, float *values, int32_t num_threads,
@@ -99,6 +141,9 @@ void vattention_tiles_end(void);
 void vattention_rms_norm(const void *x, const float *scale, void *y, int64_t num_rows, int64_t width, float epsilon,
                          int32_t dtype, int32_t num_threads, parallel_fn parallel);
 
+void vattention_join(const vattention_norm *norm, void *y, void *sum, int64_t num_rows, int64_t width, int32_t dtype,
+                     int32_t num_threads, parallel_fn parallel);
+
 void vattention_rotate(const vattention_rotation *shape, void *x, const void *cosines, const void *sines,
                        int64_t num_tokens, int32_t num_threads, parallel_fn parallel);
 
@@ -107,7 +152,24 @@ void vattention_gate(const void *gate_up, void *y, int64_t num_rows, int64_t wid
 
 int32_t vattention_attend(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
                           const vattention_tables *tables, int32_t dtype, const void *query, int64_t query_row_stride,
-                          int64_t query_head_stride, const void *spans, int64_t num_spans, const float *sinks,
+                          int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, const float *sinks,
                           void *output, int32_t num_threads, parallel_fn parallel);
+
+int vattention_can_prefill(const vattention_heads *heads, int32_t dtype);
+
+int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattention_span *spans, int64_t num_spans,
+                                  int32_t num_threads);
+
+void vattention_prefill(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
+                        const vattention_tables *tables, const void *query, int64_t query_row_stride,
+                        int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output, void *workspace,
+                        int32_t num_threads, parallel_fn parallel);
+
+int64_t vattention_layer_nbytes(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads);
+
+int32_t vattention_layer_forward(const vattention_layer *layer, const vattention_cache *keys,
+                                 const vattention_cache *values, const vattention_tables *tables,
+                                 const vattention_batch *batch, const void *cosines, const void *sines, void *x,
+                                 int32_t num_threads, parallel_fn parallel);
 
 #endif

@@ -1,45 +1,44 @@
-/* A whole decoder layer for tokens that bring one row each: the kernels one after the other, in one call.
+/* A whole decoder layer in one call: the kernels one after the other.
  *
  *     x += norm(attention(norm(x)));  x += norm(mlp(norm(x)))
  *
  * where either norm may be missing. In a decode step of a small model the calls from Python between the kernels take
- * a quarter of the time. Numbers are rounded where the layer's modules would store them.
+ * a quarter of the time; over a long prompt, fresh memory for what lies between them does. Numbers are rounded where the
+ * layer's modules would store them.
  */
 #include "kernels.h"
 
 #include <string.h>
 
-/* A root mean square norm. */
-typedef struct {
-    const float *scale; /* [hidden], or NULL for no norm */
-    float epsilon;
-} vattention_norm;
-
-typedef struct {
-    const vattention_weight *query_key_value, *attention_out, *gate_up, *down;
-    const vattention_rotation *rotation;
-    const vattention_heads *heads;
-    vattention_norm before_attention, after_attention, before_mlp, after_mlp;
-    float gate_linear, gate_cubic; /* as in gate.c */
-    int64_t hidden;
-    int32_t dtype;
-} vattention_layer;
-
-/* Where the tokens are and where the layer works. */
-typedef struct {
-    int64_t num_tokens;
-    const void *spans; /* [num_tokens]: slot, row, 1, position */
-    void *workspace;   /* num_tokens times what `vattention_layer_width` says */
-} vattention_tokens;
-
-enum { SPAN = 4 };
+/* Rows that go through the block behind attention together, so that what lies between its products stays in the
+ * second-level cache. */
+enum { BLOCK_ROWS = 256 };
 
 static int64_t bytes(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* Numbers that a token needs in the workspace. */
-int64_t vattention_layer_width(const vattention_layer *layer) {
-    return layer->hidden + layer->query_key_value->num_out + layer->attention_out->num_in + layer->gate_up->num_out +
-           layer->down->num_in;
+static int64_t lines(int64_t nbytes) { return (nbytes + 63) / 64 * 64; }
+
+/* Where the parts of the workspace begin; the block behind attention and long attention share the last. */
+typedef struct {
+    int64_t rows, attended, gate_up, gated, prefill, end;
+} places;
+
+static places places_of(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads) {
+    const int64_t item = bytes(layer->dtype), n = batch->num_tokens, block = n < BLOCK_ROWS ? n : BLOCK_ROWS;
+    places at = {.rows = lines(n * layer->hidden * item)};
+    at.attended = at.rows + lines(n * layer->query_key_value->num_out * item);
+    at.gate_up = at.prefill = at.attended + lines(n * layer->attention_out->num_in * item);
+    at.gated = at.gate_up + lines(block * layer->gate_up->num_out * item);
+    const int64_t behind = at.gated + lines(block * layer->down->num_in * item);
+    const int64_t prefill =
+        at.prefill + vattention_prefill_nbytes(layer->heads, batch->long_spans, batch->num_long, num_threads);
+    at.end = behind > prefill ? behind : prefill;
+    return at;
+}
+
+/* Bytes of workspace for a batch. */
+int64_t vattention_layer_nbytes(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads) {
+    return places_of(layer, batch, num_threads).end;
 }
 
 static char *place(const vattention_cache *cache, const vattention_tables *tables, int64_t slot, int64_t position,
@@ -54,14 +53,14 @@ static char *place(const vattention_cache *cache, const vattention_tables *table
 
 /* Stores the keys and values behind each token's queries. */
 static void append(const vattention_layer *layer, const vattention_cache *keys, const vattention_cache *values,
-                   const vattention_tables *tables, const vattention_tokens *tokens, const char *rows) {
+                   const vattention_tables *tables, const vattention_span *span, const char *rows) {
     const vattention_heads *heads = layer->heads;
     const int64_t item = bytes(layer->dtype), row_nbytes = layer->query_key_value->num_out * item;
     const int64_t key_nbytes = heads->key_dim * item, value_nbytes = heads->value_dim * item;
-    const int64_t *span = tokens->spans;
-    for (int64_t i = 0; i < tokens->num_tokens; i++, span += SPAN, rows += row_nbytes) {
-        char *key = place(keys, tables, span[0], span[3], item), *value = place(values, tables, span[0], span[3], item);
-        const char *from = rows + heads->num_heads * key_nbytes;
+    for (int64_t i = 0; i < span->num_rows; i++) {
+        char *key = place(keys, tables, span->slot, span->start + i, item);
+        char *value = place(values, tables, span->slot, span->start + i, item);
+        const char *from = rows + (span->first_row + i) * row_nbytes + heads->num_heads * key_nbytes;
         const char *from_value = from + heads->num_kv_heads * key_nbytes;
         for (int64_t head = 0; head < heads->num_kv_heads; head++) {
             memcpy(key + head * keys->head_stride * item, from + head * key_nbytes, (size_t)key_nbytes);
@@ -70,98 +69,93 @@ static void append(const vattention_layer *layer, const vattention_cache *keys, 
     }
 }
 
-/* x += y, rounded as a store would. */
-static void add(void *x, const void *y, int64_t count, int32_t dtype) {
-    if (dtype == FLOAT32) {
-        for (int64_t i = 0; i < count; i++) {
-            ((float *)x)[i] += ((const float *)y)[i];
-        }
-        return;
-    }
-    uint16_t *to = x;
-    const uint16_t *from = y;
-    for (int64_t i = 0; i < count; i++) {
-        const union {
-            float number;
-            uint32_t bits;
-        } sum = {.number = widened(to[i]) + widened(from[i])};
-        const uint32_t rounded = (sum.bits + 0x7fffu + ((sum.bits >> 16) & 1u)) >> 16;
-        to[i] = (uint16_t)(sum.number != sum.number ? (sum.bits >> 16) | 0x40u : rounded);
-    }
-}
-
 typedef struct {
     const vattention_layer *layer;
-    int64_t num_tokens;
     int32_t num_threads;
     parallel_fn parallel;
 } call;
 
-static void norm(const call *c, const vattention_norm *how, const void *x, void *y) {
-    vattention_rms_norm(x, how->scale, y, c->num_tokens, c->layer->hidden, how->epsilon, c->layer->dtype, c->num_threads,
-                        c->parallel);
-}
-
-static int32_t linear(const call *c, const vattention_weight *weight, const void *x, void *y) {
-    return vattention_linear(weight, x, weight->num_in, c->num_tokens, y, c->layer->dtype, c->num_threads, c->parallel);
-}
-
-/* The residual connection: x += norm(y), y being lost. */
-static void join(const call *c, const vattention_norm *how, void *x, void *y) {
-    if (how->scale) {
-        norm(c, how, y, y);
+/* The input of a block: x, or `normed` with x normalised. */
+static const void *norm(const call *c, const vattention_norm *how, const void *x, void *normed, int64_t num_rows) {
+    if (how->scale == NULL) {
+        return x;
     }
-    add(x, y, c->num_tokens * c->layer->hidden, c->layer->dtype);
+    vattention_rms_norm(x, how->scale, normed, num_rows, c->layer->hidden, how->epsilon, c->layer->dtype,
+                        c->num_threads, c->parallel);
+    return normed;
+}
+
+static int32_t linear(const call *c, const vattention_weight *weight, const void *x, void *y, int64_t num_rows) {
+    return vattention_linear(weight, x, weight->num_in, num_rows, y, c->layer->dtype, c->num_threads, c->parallel);
+}
+
+/* gated[num_rows, width] of the block behind attention; `gate_up` is for what lies between. */
+static int32_t gate(const call *c, const void *x, void *gate_up, void *gated, int64_t num_rows) {
+    const vattention_layer *layer = c->layer;
+    if (num_rows >= TALL && vattention_can_tall(layer->gate_up) && layer->down->num_in % COLUMNS == 0) {
+        return vattention_tall(layer->gate_up, x, layer->hidden, num_rows, gated, layer->dtype, &layer->gating,
+                               c->num_threads, c->parallel);
+    }
+    const int32_t status = linear(c, layer->gate_up, x, gate_up, num_rows);
+    if (status == 0) {
+        vattention_gate(gate_up, gated, num_rows, layer->down->num_in, layer->gating.linear, layer->gating.cubic,
+                        layer->dtype, c->num_threads, c->parallel);
+    }
+    return status;
 }
 
 /* x[num_tokens, hidden] through the layer, in place; the tokens' keys and values are stored in the cache.
  *
- * Cosines and sines are [num_tokens, head_dim]. Returns 0, or -1 where memory ran short, with x in between. */
+ * Cosines and sines are [num_tokens, head_dim]. Long spans need heads that `vattention_can_prefill`. Returns 0, or -1
+ * where memory ran short, with x in between. */
 int32_t vattention_layer_forward(const vattention_layer *layer, const vattention_cache *keys,
                                  const vattention_cache *values, const vattention_tables *tables,
-                                 const vattention_tokens *tokens, const void *cosines, const void *sines, void *x,
+                                 const vattention_batch *batch, const void *cosines, const void *sines, void *x,
                                  int32_t num_threads, parallel_fn parallel) {
-    const call c = {layer, tokens->num_tokens, num_threads, parallel};
-    const int64_t item = bytes(layer->dtype), n = tokens->num_tokens, width = layer->query_key_value->num_out;
-    char *normed = tokens->workspace;
-    char *rows = normed + n * layer->hidden * item;
-    char *attended = rows + n * width * item;
-    char *gate_up = attended + n * layer->attention_out->num_in * item;
-    char *gated = gate_up + n * layer->gate_up->num_out * item;
-    const void *input = x;
+    const call c = {layer, num_threads, parallel};
+    const vattention_heads *heads = layer->heads;
+    const int64_t n = batch->num_tokens, width = layer->query_key_value->num_out;
+    const places at = places_of(layer, batch, num_threads);
+    char *normed = batch->workspace, *rows = normed + at.rows, *attended = normed + at.attended;
+    char *gate_up = normed + at.gate_up, *gated = normed + at.gated;
 
-    if (layer->before_attention.scale) {
-        norm(&c, &layer->before_attention, x, normed);
-        input = normed;
-    }
-    int32_t status = linear(&c, layer->query_key_value, input, rows);
-    if (status == 0) {
-        vattention_rotate(layer->rotation, rows, cosines, sines, n, num_threads, parallel);
-        append(layer, keys, values, tables, tokens, rows);
-        status = vattention_attend(layer->heads, keys, values, tables, layer->dtype, rows, width, layer->heads->key_dim,
-                                   tokens->spans, n, NULL, attended, num_threads, parallel);
-    }
-    if (status == 0) {
-        status = linear(&c, layer->attention_out, attended, normed);
-    }
+    const void *input = norm(&c, &layer->before_attention, x, normed, n);
+    int32_t status = linear(&c, layer->query_key_value, input, rows, n);
     if (status != 0) {
         return status;
     }
-    join(&c, &layer->after_attention, x, normed);
-
-    input = x;
-    if (layer->before_mlp.scale) {
-        norm(&c, &layer->before_mlp, x, normed);
-        input = normed;
+    vattention_rotate(layer->rotation, rows, cosines, sines, n, num_threads, parallel);
+    for (int64_t i = 0; i < batch->num_short; i++) {
+        append(layer, keys, values, tables, &batch->short_spans[i], rows);
     }
-    status = linear(&c, layer->gate_up, input, gate_up);
-    if (status == 0) {
-        vattention_gate(gate_up, gated, n, layer->down->num_in, layer->gate_linear, layer->gate_cubic, layer->dtype,
-                        num_threads, parallel);
-        status = linear(&c, layer->down, gated, normed);
+    for (int64_t i = 0; i < batch->num_long; i++) {
+        append(layer, keys, values, tables, &batch->long_spans[i], rows);
+    }
+    if (batch->num_short > 0) {
+        status = vattention_attend(heads, keys, values, tables, layer->dtype, rows, width, heads->key_dim,
+                                   batch->short_spans, batch->num_short, NULL, attended, num_threads, parallel);
+    }
+    if (batch->num_long > 0) {
+        vattention_prefill(heads, keys, values, tables, rows, width, heads->key_dim, batch->long_spans, batch->num_long,
+                           attended, normed + at.prefill, num_threads, parallel);
     }
     if (status == 0) {
-        join(&c, &layer->after_mlp, x, normed);
+        status = linear(&c, layer->attention_out, attended, normed, n);
+    }
+    if (status == 0) {
+        vattention_join(&layer->after_attention, normed, x, n, layer->hidden, layer->dtype, num_threads, parallel);
+    }
+    for (int64_t row = 0; status == 0 && row < n; row += BLOCK_ROWS) {
+        const int64_t count = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
+        char *own = (char *)x + row * layer->hidden * bytes(layer->dtype);
+        input = norm(&c, &layer->before_mlp, own, normed, count);
+        status = gate(&c, input, gate_up, gated, count);
+        if (status == 0) {
+            status = linear(&c, layer->down, gated, normed, count);
+        }
+        if (status == 0) {
+            vattention_join(&layer->after_mlp, normed, own, count, layer->hidden, layer->dtype, num_threads, parallel);
+        }
     }
     return status;
 }

@@ -397,6 +397,9 @@ static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
  * of y are adjacent. Returns 0, or -1 where memory ran short, with y untouched. */
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel) {
+    if (num_rows >= TALL && vattention_can_tall(weight)) {
+        return vattention_tall(weight, x, x_stride, num_rows, y, y_dtype, NULL, num_threads, parallel);
+    }
     job j = {.weight = weight, .x = x, .y = y, .y_stride = weight->num_out, .y_dtype = y_dtype, .x_stride = x_stride};
     j.num_rows = num_rows;
     return run(&j, num_threads, parallel);
