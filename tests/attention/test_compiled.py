@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,89 @@ def test_half_precision_keeps_small_and_large_numbers() -> None:
     batch = RaggedBatch(torch.zeros(rows), torch.arange(rows), tuple((0, row, 1, row) for row in range(rows)))
     query = torch.zeros(rows, 1, 2, dtype=torch.float16)
     assert NativeKernel()(query, view, batch, spec, None)[:, 0].equal(numbers[0, :, 0])
+
+
+MATRIX_TILES = NativeKernel().heads(AttentionSpec(1, 1, 32, 32, 1.0))
+
+
+@pytest.fixture
+def _long_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences with more than one row go to the kernel for them."""
+    monkeypatch.setattr(compiled, "SHORT_ROWS", 1)
+    library = native.kernels()
+    if library is None or not library.can_prefill(MATRIX_TILES, torch.bfloat16):
+        pytest.skip("no matrix tiles here")
+
+
+@pytest.mark.usefixtures("_long_spans")
+class TestPrefill:
+    """native/prefill.c: blocks of keys meet blocks of queries."""
+
+    SPECS = (
+        AttentionSpec(4, 1, 256, 256, 0.0625),
+        AttentionSpec(4, 1, 256, 256, 0.0625, window=200),
+        AttentionSpec(6, 2, 64, 128, 0.125, window=17),
+        AttentionSpec(5, 5, 32, 32, 0.2, softcap=3.0),
+        AttentionSpec(8, 2, 128, 96, 0.09, softcap=30.0, window=130),
+        AttentionSpec(3, 1, 64, 64, -0.1),
+    )
+    LENGTHS = ((0, 2), (0, 300), (700, 33), (129, 257), (5, 1), (1000, 128), (127, 3))
+
+    @pytest.mark.parametrize("spec", SPECS, ids=str)
+    @pytest.mark.parametrize("threads", [1, 3])
+    def test_equals_the_reference(self, spec: AttentionSpec, threads: int) -> None:
+        torch.set_num_threads(threads)
+        query, view, batch, _ = filled(spec, self.LENGTHS, torch.bfloat16)
+        result = NativeKernel()(query, view, batch, spec, None)
+        expected = attend(query, view, batch, spec, None)
+        # A rounding of the result, and one of each weight, of which the larger ones share the sum.
+        bound = expected.abs() * 2**-8 + view.values.float().nan_to_num().abs().max() * 2**-8
+        assert bool(((result.double() - expected).abs() <= bound).all())
+        assert float((result.double() - expected).abs().mean()) < 2e-3
+
+    @pytest.mark.parametrize("block_size", BLOCK_SIZES)
+    def test_blocks_do_not_change_a_bit(self, block_size: int) -> None:
+        spec = self.SPECS[4]
+        query, view, batch, _ = filled(spec, self.LENGTHS, torch.bfloat16)
+        expected = NativeKernel()(query, view, batch, spec, None)
+        paged = in_blocks(view, batch, spec, block_size)
+        assert PagedKernel()(query, paged, batch, spec, None).equal(expected)
+
+    @pytest.mark.parametrize("cuts", [(2, 299), (128, 256), (31, 33, 290)])
+    def test_chunks_do_not_change_a_bit(self, cuts: tuple[int, ...]) -> None:
+        for spec in self.SPECS:
+            query, view, batch, _ = filled(spec, [(70, 302)], torch.bfloat16)
+            expected = NativeKernel()(query, view, batch, spec, None)
+            ((slot, _, _, start),) = batch.spans
+            edges = (0, *cuts, 302)
+            parts = [
+                RaggedBatch(batch.slots, batch.positions, ((slot, 0, until - begin, start + begin),))
+                for begin, until in pairwise(edges)
+            ]
+            results = [
+                NativeKernel()(query[begin:until], view, part, spec, None)
+                for part, (begin, until) in zip(parts, pairwise(edges), strict=True)
+            ]
+            assert torch.cat(results).equal(expected)
+
+    def test_what_does_not_fit_is_not_claimed(self) -> None:
+        library, kernel = native.kernels(), NativeKernel()
+        assert library is not None
+        for spec, dtype in (
+            (AttentionSpec(2, 1, 48, 64, 1.0), torch.bfloat16),
+            (AttentionSpec(2, 1, 64, 40, 1.0), torch.bfloat16),
+            (AttentionSpec(2, 1, 64, 64, 1.0), torch.float32),
+            (AttentionSpec(2, 1, 64, 64, 1.0), torch.float16),
+        ):
+            assert not library.can_prefill(kernel.heads(spec), dtype)
+
+    def test_a_window_leaves_what_is_before_it_alone(self) -> None:
+        """Memory before a window may be gone; not-a-number stands for it, and for what comes after the sequence."""
+        spec = self.SPECS[1]
+        query, view, batch, _ = filled(spec, [(700, 60)], torch.bfloat16)
+        expected = NativeKernel()(query, view, batch, spec, None)
+        ((slot, _, num_rows, start),) = batch.spans
+        for numbers in (view.keys, view.values):
+            numbers[slot, : start - 199] = torch.nan
+            numbers[slot, start + num_rows :] = torch.nan
+        assert NativeKernel()(query, view, batch, spec, None).equal(expected)

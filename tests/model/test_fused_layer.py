@@ -20,6 +20,7 @@ from vattention.kv.manager import KVManager, LayerView
 from vattention.model import optimize as optimizing
 from vattention.model import runner as running
 from vattention.model.batch_attention import BatchAttention, Place
+from vattention.model.decoder_stack import DecoderStack
 from vattention.model.fused_layer import FusedLayer, fuse_layers
 from vattention.model.linear import NativeLinear
 from vattention.model.optimize import optimize
@@ -59,12 +60,15 @@ def test_tokens_equal_those_of_generate(name: str, kv: str, monkeypatch: pytest.
     claims: list[bool] = []
 
     class Watched(BatchAttention):
-        def claim(self, module: nn.Module, dtype: torch.dtype) -> tuple[AttentionCache, RaggedBatch] | None:
-            claimed = super().claim(module, dtype)
+        def claim(
+            self, module: nn.Module, dtype: torch.dtype, prefills: bool
+        ) -> tuple[AttentionCache, RaggedBatch] | None:
+            claimed = super().claim(module, dtype, prefills)
             claims.append(claimed is not None)
             return claimed
 
     monkeypatch.setattr(running, "BatchAttention", Watched)
+    monkeypatch.setattr(DecoderStack, "of", lambda *_: None)
     cache = manager(kv, model, attention.cache_specs)
     runner = ModelRunner(model, attention, cache)
     try:
@@ -122,7 +126,7 @@ def test_only_a_decode_over_a_cache_of_the_same_type_can_be_claimed() -> None:
     module, spec = nn.Identity(), AttentionSpec(2, 1, 8, 8, 1.0)
     view = LayerView(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8))
     attention = BatchAttention({module: Place(0, spec, view, True, NativeKernel())})
-    assert attention.claim(module, torch.float32) is None
+    assert attention.claim(module, torch.float32, True) is None
     for chunks, dtype, expected in (
         ([Chunk(0, 0, [5], 1), Chunk(1, 2, [6], 1)], torch.float32, True),
         ([Chunk(0, 0, [5], 1), Chunk(1, 2, [6], 1)], torch.bfloat16, False),
@@ -130,8 +134,10 @@ def test_only_a_decode_over_a_cache_of_the_same_type_can_be_claimed() -> None:
         ([Chunk(0, 0, [], 0), Chunk(1, 0, [5, 6], 1)], torch.float32, False),
     ):
         attention.begin(RaggedBatch.of(chunks))
-        assert (attention.claim(module, dtype) is not None) == expected
+        assert (attention.claim(module, dtype, False) is not None) == expected
         assert attention.num_attended == expected
+        attention.begin(RaggedBatch.of(chunks))
+        assert (attention.claim(module, dtype, True) is not None) == (dtype == torch.float32)
 
 
 def test_models_with_other_layers_stay() -> None:

@@ -1,4 +1,4 @@
-"""Attention by the compiled kernel, one call for all sequences that bring few rows."""
+"""Attention by the compiled kernels: a call for all sequences with few rows, and one for those with many."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ SHORT_ROWS = 1
 
 
 class CompiledKernel:
-    """native/attend.c for sequences with few rows; those with many go through torch's kernels.
+    """native/attend.c for sequences with few rows; for those with many native/prefill.c where the processor has
+    matrix tiles, elsewhere torch's kernels.
 
     Keys and values are read once for all query heads that share them. All threads take equal shares of the whole
     batch's keys, however the sequences' lengths differ.
@@ -43,6 +44,17 @@ class CompiledKernel:
         """The layer as the compiled code takes it."""
         return _heads(spec, self._strip_keys)
 
+    def _prefill(
+        self, query: torch.Tensor, view: CacheView, spans: torch.Tensor, spec: AttentionSpec, output: torch.Tensor
+    ) -> bool:
+        """Compute spans of many rows by matrix tiles; whether this processor has them for such a layer."""
+        compiled, heads = kernels(), self.heads(spec)
+        if compiled is None or spec.has_sinks or not compiled.can_prefill(heads, view.keys.dtype):
+            return False
+        rows = query if query.stride(-1) == 1 else query.contiguous()
+        compiled.prefill(heads, self.cache(view), rows, spans, output)
+        return True
+
 
 class NativeKernel(CompiledKernel):
     """The compiled kernel over contiguous slots, read in place."""
@@ -62,8 +74,9 @@ class NativeKernel(CompiledKernel):
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
             attend_short(query, self.cache(view), parts.short, self.heads(spec), sinks, output)
-        for span in parts.long:
-            attend_long(query, view, span, spec, sinks, output)
+        if parts.long and not self._prefill(query, view, parts.long_spans, spec, output):
+            for span in parts.long:
+                attend_long(query, view, span, spec, sinks, output)
         return output
 
 
@@ -88,8 +101,9 @@ class PagedKernel(CompiledKernel):
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         if len(parts.short):
             attend_short(query, self.cache(view), parts.short, self.heads(spec), sinks, output)
-        for span in parts.long:
-            attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
+        if parts.long and not self._prefill(query, view, parts.long_spans, spec, output):
+            for span in parts.long:
+                attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
         return output
 
 

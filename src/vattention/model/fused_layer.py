@@ -229,25 +229,39 @@ class _ClaimsOnly(BatchAttention):
         raise RuntimeError("the layer went to its module")
 
 
-_NUM_SLOTS, _MAX_LEN = 3, 40
-_STARTS = (0, 5, 38)
+_NUM_SLOTS, _MAX_LEN = 3, 192
+_STEP = (Chunk(0, 0, [0], 1), Chunk(1, 5, [0], 1), Chunk(2, 38, [0], 1))
+_PROMPT = (Chunk(2, 38, [0], 1), Chunk(1, 5, [0] * 140, 1), Chunk(0, 0, [0] * 3, 1))
+"""With enough rows for products of many."""
 
 
 def _difference(
     model: PreTrainedModel, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec
 ) -> float:
     """How far the fused layer's results and cached tokens are off for random inputs and a random cache."""
+    batches = [_STEP, _PROMPT] if fused.prefills else [_STEP]
+    return max(_difference_of(model, layer, module, fused, spec, RaggedBatch.of(batch)) for batch in batches)
+
+
+def _difference_of(
+    model: PreTrainedModel,
+    layer: nn.Module,
+    module: nn.Module,
+    fused: FusedLayer,
+    spec: AttentionSpec,
+    batch: RaggedBatch,
+) -> float:
     generator = torch.Generator().manual_seed(0)
+    num_tokens = len(batch.slots)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(model.dtype)
 
     # Beside small hidden states, what the layer adds to them shows.
-    hidden = random(1, _NUM_SLOTS, fused._hidden) * torch.tensor([1.0, 0.1, 0.01])[:, None].to(model.dtype)
-    embeddings = (random(1, _NUM_SLOTS, spec.key_dim), random(1, _NUM_SLOTS, spec.key_dim))
+    scales = torch.tensor([1.0, 0.1, 0.01]).repeat(num_tokens)[:num_tokens, None]
+    hidden = random(1, num_tokens, fused.hidden) * scales.to(model.dtype)
+    embeddings = (random(1, num_tokens, spec.key_dim), random(1, num_tokens, spec.key_dim))
     filled = [random(_NUM_SLOTS, _MAX_LEN, spec.num_kv_heads, dim) for dim in (spec.key_dim, spec.value_dim)]
-    chunks = [Chunk(slot, start, [0], 1) for slot, start in enumerate(_STARTS)]
-    batch = RaggedBatch.of(chunks)
     results = []
     for forward, kind in ((layer.forward, BatchAttention), (fused, _ClaimsOnly)):
         view = LayerView(*(numbers.clone() for numbers in filled))

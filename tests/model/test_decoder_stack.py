@@ -1,0 +1,231 @@
+"""All decoder layers in one call: what they compute one by one, and models that do more between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from tests.model.architectures import ARCHITECTURES
+from tests.model.greedy import generate, greedy
+from vattention.config import EngineConfig
+from vattention.core import Chunk
+from vattention.kv.build import create_manager
+from vattention.kv.manager import KVManager
+from vattention.model import optimize as optimizing
+from vattention.model.decoder_stack import DecoderStack
+from vattention.model.fused_layer import fuse_layers
+from vattention.model.linear import NativeLinear
+from vattention.model.optimize import optimize
+from vattention.model.probe import probe
+from vattention.model.rotary import RotaryTables
+from vattention.model.runner import ModelRunner
+from vattention.native import kernels
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels here")
+
+PROMPTS = [[5, 9, 33, 2, 71, 8, 9], [7, 7, 40], [100, 3, 64, 21, 90, 11, 12, 13, 14, 15, 16, 17]]
+MAX_LEN = 1024
+LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_LEN,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**LIKE_LLAMA),
+    "qwen3": lambda: Qwen3Config(**LIKE_LLAMA),
+    "gemma3": lambda: Gemma3TextConfig(**LIKE_LLAMA, sliding_window=24, sliding_window_pattern=2),
+}
+
+
+@pytest.fixture(autouse=True)
+def compiled_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizing, "fastest_method", lambda *_: NativeLinear)
+
+
+def built(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(dtype)
+    return model
+
+
+class Rig:
+    def __init__(self, model: PreTrainedModel, kv: str = "virtual") -> None:
+        optimize(model)
+        attention = probe(model)
+        self.num_layers = len(attention.layers)
+        self.num_fused = fuse_layers(model, attention)
+        config = EngineConfig(model="none", kv=kv, max_num_seqs=4, kv_memory="64MiB", block_size=4)  # type: ignore[arg-type]
+        self.cache: KVManager = create_manager(
+            config, attention.cache_specs, dtype=model.dtype, device="cpu", max_len=MAX_LEN
+        )
+        self.runner = ModelRunner(model, attention, self.cache)
+
+    @property
+    def stack(self) -> DecoderStack | None:
+        return self.runner._stack
+
+    def logits(self, *chunks: Chunk) -> torch.Tensor:
+        for chunk in chunks:
+            self.cache.ensure(chunk.slot, chunk.start, chunk.end)
+        return self.runner.forward(chunks)
+
+    def close(self) -> None:
+        self.runner.close()
+        self.cache.close()
+
+
+@pytest.fixture
+def rigs() -> Iterator[Callable[..., Rig]]:
+    made: list[Rig] = []
+
+    def make(*arguments: Any) -> Rig:
+        made.append(Rig(*arguments))
+        return made[-1]
+
+    yield make
+    for rig in made:
+        rig.close()
+
+
+@pytest.mark.parametrize("kv", ["virtual", "paged", "reserved"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+def test_tokens_equal_those_of_generate(
+    name: str, kv: str, rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate(ARCHITECTURES[name](), PROMPTS, 12)
+    rig = rigs(ARCHITECTURES[name](), kv)
+    calls: list[int] = []
+
+    def counted(stack: DecoderStack, *arguments: Any) -> torch.Tensor:
+        calls.append(1)
+        return forward(stack, *arguments)
+
+    forward = DecoderStack.__call__
+    monkeypatch.setattr(DecoderStack, "__call__", counted)
+    assert greedy(rig.runner, rig.cache, PROMPTS, 12) == expected
+    assert len(calls) >= 11
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kv", ["virtual", "paged"])
+def test_batches_of_any_shape_give_what_layers_one_by_one_give(
+    name: str, kv: str, rigs: Callable[..., Rig]
+) -> None:
+    """Prompts of one and of several blocks of rows, chunks on top of a history, and steps beside them."""
+    rig = rigs(built(CONFIGS[name](), torch.bfloat16), kv)
+    assert rig.num_fused == rig.num_layers
+    stack = rig.stack
+    assert stack is not None
+    tokens = torch.randint(0, 128, (900,), generator=torch.Generator().manual_seed(1)).tolist()
+    slots = [rig.cache.take([token]).slot for token in tokens[:3]]
+    batches = (
+        [Chunk(slots[0], 0, tokens[:300], 1), Chunk(slots[1], 0, tokens[:7], 2)],
+        [Chunk(slots[1], 7, tokens[7:8], 1), Chunk(slots[0], 300, tokens[300:433], 1), Chunk(slots[2], 0, [9], 1)],
+        [Chunk(slots[2], 1, tokens[1:40], 1), Chunk(slots[0], 433, tokens[433:434], 1)],
+        [Chunk(slots[0], 434, tokens[434:435], 1), Chunk(slots[2], 40, tokens[40:41], 1)],
+    )
+    together = [rig.logits(*batch) for batch in batches]
+    rig.runner._stack = None
+    for batch, result in zip(batches, together, strict=True):
+        # Layers one by one round where these do, so that not a bit may differ.
+        assert torch.equal(rig.logits(*batch), result)
+
+
+def test_prompts_come_near_the_models_own_logits(rigs: Callable[..., Rig]) -> None:
+    for name, config in CONFIGS.items():
+        own = built(config(), torch.float32)
+        rig = rigs(built(config(), torch.bfloat16))
+        tokens = torch.randint(0, 128, (400,), generator=torch.Generator().manual_seed(2)).tolist()
+        with torch.inference_mode():
+            expected = own(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        result = rig.logits(Chunk(rig.cache.take(tokens).slot, 0, tokens, 1))[0]
+        assert torch.nn.functional.cosine_similarity(result, expected, dim=0) > 0.98, name
+
+
+def test_models_that_do_more_between_their_layers_go_their_own_way(rigs: Callable[..., Rig]) -> None:
+    """Gemma 2 scales its embeddings by itself; the others' layers are of other kinds."""
+    for name in ("gemma2", "gpt2", "mixtral"):
+        rig = rigs(ARCHITECTURES[name]())
+        assert rig.stack is None, name
+        tokens = PROMPTS[2]
+        assert greedy(rig.runner, rig.cache, [tokens], 3) == generate(ARCHITECTURES[name](), [tokens], 3)
+
+
+@pytest.mark.parametrize("scaling", ["dynamic", "linear", "yarn"])
+def test_scaled_embeddings_are_the_models_own(scaling: str, rigs: Callable[..., Rig]) -> None:
+    options: dict[str, Any] = {"rope_type": scaling, "factor": 4.0, "rope_theta": 10000.0}
+    if scaling == "yarn":
+        options["original_max_position_embeddings"] = 64
+    rig = rigs(built(LlamaConfig(**LIKE_LLAMA, rope_parameters=options), torch.float32))
+    assert rig.stack is not None
+    tokens = torch.randint(0, 128, (90,), generator=torch.Generator().manual_seed(3)).tolist()
+    slot = rig.cache.take(tokens).slot
+    rig.logits(Chunk(slot, 0, tokens[:-1], 0))
+    result = rig.logits(Chunk(slot, len(tokens) - 1, tokens[-1:], 1))
+    rig.runner._stack = None
+    torch.testing.assert_close(
+        result, rig.logits(Chunk(slot, len(tokens) - 1, tokens[-1:], 1)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_embeddings_that_depend_on_the_rest_of_a_batch_are_in_no_table(rigs: Callable[..., Rig]) -> None:
+    model = built(LlamaConfig(**LIKE_LLAMA), torch.float32)
+    rotary = model.model.rotary_emb
+    own = rotary.forward
+
+    def stretched(x: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return own(x, position_ids=position_ids * 64 // (position_ids.max() + 1))
+
+    rotary.forward = stretched
+    assert rigs(model).stack is None
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads_do_not_change_a_bit(num_threads: int, rigs: Callable[..., Rig]) -> None:
+    """With more threads than processors some always come too late for a section."""
+    rig = rigs(built(CONFIGS["gemma3"](), torch.bfloat16))
+    tokens = torch.randint(0, 128, (300,), generator=torch.Generator().manual_seed(4)).tolist()
+    slot = rig.cache.take(tokens).slot
+    chunks = Chunk(slot, 0, tokens, 1), Chunk(slot, 300, [5], 1)
+    expected = [rig.logits(chunk) for chunk in chunks]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for _ in range(3):
+            assert all(torch.equal(rig.logits(chunk), own) for chunk, own in zip(chunks, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+class TestRotaryTables:
+    def test_rows_are_those_computed_for_each_position(self) -> None:
+        asked: list[int] = []
+
+        def compute(positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            asked.extend(positions.tolist())
+            wide = positions[:, None].float().expand(-1, 4)
+            return [(wide, -wide), (2 * wide, 3 * wide)]
+
+        tables = RotaryTables(compute, 5000)
+        for positions in ([3, 0], [511], [512, 7], [4999, 1200]):
+            rows = tables.rows(torch.tensor(positions), max(positions))
+            assert [[pair[which][:, 0].tolist() for which in range(2)] for pair in rows] == [
+                [positions, [-p for p in positions]],
+                [[2 * p for p in positions], [3 * p for p in positions]],
+            ]
+        assert asked == list(range(5000))
+
+    def test_positions_beyond_the_last_are_computed_as_they_come(self) -> None:
+        tables = RotaryTables(lambda positions: [(positions[:, None], positions[:, None])], 8)
+        assert tables.rows(torch.tensor([700]), 700)[0][0].tolist() == [[700]]
