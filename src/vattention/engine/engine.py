@@ -186,7 +186,7 @@ class LLMEngine:
         if plan.chunks:
             self._map_ahead(plan)
             moved += self._compute(plan)
-        self._stats.step(plan, moved, started, self.statistics())
+        self._stats.step(plan, moved, started, len(self._scheduler.running), self._scheduler.num_waiting)
         return [request.output() for request in dict.fromkeys(s.request for s in moved)]
 
     def statistics(self) -> EngineStatistics:

@@ -114,7 +114,7 @@ class Stats:
     def __init__(self) -> None:
         self.listeners: list[StatsListener] = []
 
-    def step(self, plan: Plan, moved: Items[Sequence], started: float, now_is: EngineStatistics) -> None:
+    def step(self, plan: Plan, moved: Items[Sequence], started: float, num_running: int, num_waiting: int) -> None:
         """Report a step that began at `started` (monotonic seconds) and brought the `moved` sequences on."""
         if not self.listeners:
             return
@@ -135,8 +135,8 @@ class Stats:
             num_generated_tokens=len(advanced),
             num_preemptions=len(plan.preempted),
             duration_s=now - started,
-            num_running=now_is.num_running,
-            num_waiting=now_is.num_waiting,
+            num_running=num_running,
+            num_waiting=num_waiting,
             times_to_first_token_s=firsts,
             inter_token_latencies_s=others,
         )
