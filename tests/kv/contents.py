@@ -23,6 +23,7 @@ SPECS = [
     AttentionSpec(2, 1, 256, 128, 1.0),
 ]
 FULL = [SPECS[0], SPECS[2]]
+PROMPT = list(range(100, 141))  # 41 tokens: 10 pages and a quarter
 
 
 def sharing_manager(
@@ -109,6 +110,19 @@ def check(
                 assert torch.equal(
                     values[slot, first : len(tokens), 0, dim] * sign, expected[first:] + layer / 8
                 ), f"layer {layer} of slot {slot}"
+
+
+def finished(cache: VirtualManager, tokens: list[int], salt: str = "") -> int:
+    """A sequence of these tokens that came and went."""
+    placement = cache.take(tokens, salt=salt)
+    compute(cache, placement.slot, tokens, placement.num_cached_tokens, salt)
+    cache.release(placement.slot, tokens)
+    return placement.slot
+
+
+def holds(cache: VirtualManager, slot: int, tokens: list[int], salt: str = "") -> None:
+    if cache.layer(0).keys.device.type != "meta":
+        check(cache, slot, tokens, salt)
 
 
 def recount(cache: VirtualManager) -> None:

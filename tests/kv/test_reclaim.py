@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kv.contents import FULL, MAX_LEN, PAGE, compute, sharing_manager
-from tests.kv.test_sharing import PROMPT, finished, holds
+from tests.kv.contents import FULL, MAX_LEN, PAGE, PROMPT, compute, finished, holds, sharing_manager
 from vattention.kv.virtual import VirtualManager
 from vattention.memory.null import NullDriver
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kv.contents import WINDOW, compute
-from tests.kv.test_sharing import PROMPT, holds
+from tests.kv.contents import PROMPT, WINDOW, compute, holds
 from vattention.kv.virtual import VirtualManager
 
 

@@ -5,25 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.kv.contents import FULL, PAGE, WINDOW, check, compute, sharing_manager, write
+from tests.kv.contents import FULL, PAGE, PROMPT, WINDOW, check, compute, finished, holds, sharing_manager, write
 from vattention.errors import OutOfMemoryError
 from vattention.kv.virtual import VirtualManager
 from vattention.memory.host import HostDriver
-
-PROMPT = list(range(100, 141))  # 41 tokens: 10 pages and a quarter
-
-
-def finished(cache: VirtualManager, tokens: list[int], salt: str = "") -> int:
-    """A sequence of these tokens that came and went."""
-    placement = cache.take(tokens, salt=salt)
-    compute(cache, placement.slot, tokens, placement.num_cached_tokens, salt)
-    cache.release(placement.slot, tokens)
-    return placement.slot
-
-
-def holds(cache: VirtualManager, slot: int, tokens: list[int], salt: str = "") -> None:
-    if cache.layer(0).keys.device.type != "meta":
-        check(cache, slot, tokens, salt)
 
 
 def test_a_chat_that_goes_on_maps_no_page_it_already_had(cache: VirtualManager) -> None:
