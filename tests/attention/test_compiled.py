@@ -184,7 +184,7 @@ class TestPrefill:
 
     @pytest.mark.parametrize("cuts", [(2, 299), (128, 256), (31, 33, 290)])
     def test_chunks_do_not_change_a_bit(self, cuts: tuple[int, ...]) -> None:
-        for spec in self.SPECS:
+        for spec in (*self.SPECS, AttentionSpec(64, 64, 64, 64, 0.125)):
             query, view, batch, _ = filled(spec, [(70, 302)], torch.bfloat16)
             expected = NativeKernel()(query, view, batch, spec, None)
             ((slot, _, _, start),) = batch.spans
@@ -198,6 +198,22 @@ class TestPrefill:
                 for part, (begin, until) in zip(parts, pairwise(edges), strict=True)
             ]
             assert torch.cat(results).equal(expected)
+
+    def test_heads_that_are_packed_apart(self) -> None:
+        """A long history of many heads is more than is packed at a time."""
+        spec = AttentionSpec(10, 5, 128, 128, 0.1)
+        query, view, batch, _ = filled(spec, [(16_000, 3)], torch.bfloat16)
+        result = NativeKernel()(query, view, batch, spec, None)
+        assert float((result.double() - attend(query, view, batch, spec, None)).abs().max()) < 2e-3
+
+    def test_scores_may_be_huge(self) -> None:
+        for factor in (1e6, 1e8, 1e12):
+            spec = AttentionSpec(4, 2, 64, 64, factor)
+            query, view, batch, _ = filled(spec, [(0, 400)], torch.bfloat16)
+            result = NativeKernel()(query, view, batch, spec, None)
+            ((slot, _, _, _),) = batch.spans
+            assert result.isfinite().all()
+            assert bool((result.float().abs() <= view.values[slot, :400].float().abs().max() * 1.01).all())
 
     def test_what_does_not_fit_is_not_claimed(self) -> None:
         library, kernel = native.kernels(), NativeKernel()

@@ -43,6 +43,7 @@ LIKE_LLAMA: dict[str, Any] = {
 }
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**LIKE_LLAMA),
+    "llama-bias": lambda: LlamaConfig(**LIKE_LLAMA, mlp_bias=True, attention_bias=True),
     "qwen3": lambda: Qwen3Config(**LIKE_LLAMA),
     "gemma3": lambda: Gemma3TextConfig(**LIKE_LLAMA, sliding_window=24, sliding_window_pattern=2),
 }
@@ -55,16 +56,19 @@ def compiled_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def built(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).to(dtype)
-    return model
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return model.to(dtype)
 
 
 class Rig:
-    def __init__(self, model: PreTrainedModel, kv: str = "virtual") -> None:
+    def __init__(self, model: PreTrainedModel, kv: str = "virtual", fuse: bool = True) -> None:
         optimize(model)
         attention = probe(model)
         self.num_layers = len(attention.layers)
-        self.num_fused = fuse_layers(model, attention)
+        self.num_fused = fuse_layers(model, attention) if fuse else 0
         config = EngineConfig(model="none", kv=kv, max_num_seqs=4, kv_memory="64MiB", block_size=4)  # type: ignore[arg-type]
         self.cache: KVManager = create_manager(
             config, attention.cache_specs, dtype=model.dtype, device="cpu", max_len=MAX_LEN
@@ -151,6 +155,37 @@ def test_prompts_come_near_the_models_own_logits(rigs: Callable[..., Rig]) -> No
             expected = own(torch.tensor([tokens]), use_cache=False).logits[0, -1]
         result = rig.logits(Chunk(rig.cache.take(tokens).slot, 0, tokens, 1))[0]
         assert torch.nn.functional.cosine_similarity(result, expected, dim=0) > 0.98, name
+        modules = rigs(built(config(), torch.bfloat16), "virtual", False)
+        assert modules.stack is None
+        by_modules = modules.logits(Chunk(modules.cache.take(tokens).slot, 0, tokens, 1))[0]
+        assert torch.nn.functional.cosine_similarity(result, by_modules, dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize("of", ["layer", "model"])
+def test_hooks_are_called(of: str, rigs: Callable[..., Rig]) -> None:
+    """Before a model is put under a cache, and after."""
+    calls: list[int] = []
+    early = built(CONFIGS["llama"](), torch.float32)
+    module = early.model if of == "model" else early.model.layers[1]
+    module.register_forward_hook(lambda *_: calls.append(1))
+    rig = rigs(early)
+    assert rig.stack is None
+    late = rigs(built(CONFIGS["llama"](), torch.float32))
+    assert late.stack is not None
+    for used, added in ((rig, False), (late, True)):
+        if added:
+            model = used.runner._model
+            module = model.model if of == "model" else model.model.layers[1]
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
+        calls.clear()
+        used.logits(Chunk(used.cache.take([5, 6]).slot, 0, [5, 6], 1))
+        assert calls == [1]
+
+
+def test_a_closed_runner_keeps_nothing(rigs: Callable[..., Rig]) -> None:
+    rig = rigs(built(CONFIGS["llama"](), torch.float32))
+    rig.runner.close()
+    assert rig.stack is None
 
 
 def test_models_that_do_more_between_their_layers_go_their_own_way(rigs: Callable[..., Rig]) -> None:
@@ -211,9 +246,11 @@ def test_threads_do_not_change_a_bit(num_threads: int, rigs: Callable[..., Rig])
 class TestRotaryTables:
     def test_rows_are_those_computed_for_each_position(self) -> None:
         asked: list[int] = []
+        parts: list[torch.Tensor] = []
 
         def compute(positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
             asked.extend(positions.tolist())
+            parts.append(positions)
             wide = positions[:, None].float().expand(-1, 4)
             return [(wide, -wide), (2 * wide, 3 * wide)]
 
@@ -225,6 +262,7 @@ class TestRotaryTables:
                 [[2 * p for p in positions], [3 * p for p in positions]],
             ]
         assert asked == list(range(5000))
+        assert all(len(part) <= 256 for part in parts)
 
     def test_positions_beyond_the_last_are_computed_as_they_come(self) -> None:
         tables = RotaryTables(lambda positions: [(positions[:, None], positions[:, None])], 8)

@@ -16,7 +16,7 @@ STRIP_KEYS = 128
 """Keys whose softmax is taken at a time, and the least that a thread computes; attend.c takes no more."""
 
 SHORT_ROWS = 1
-"""Most query rows of a sequence that the compiled kernel takes; matrix products are faster with more."""
+"""Most query rows of a sequence that native/attend.c takes; matrix products are faster with more."""
 
 
 class CompiledKernel:
@@ -83,7 +83,7 @@ class NativeKernel(CompiledKernel):
 class PagedKernel(CompiledKernel):
     """The same over block tables: the same reads in the same order, with an address looked up for each block.
 
-    The blocks of sequences with many rows are copied side by side, for torch's kernels.
+    Without matrix tiles the blocks of sequences with many rows are copied side by side, for torch's kernels.
     """
 
     name = "paged"

@@ -8,7 +8,7 @@ gave and normalise at the end goes its own way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -30,6 +30,7 @@ class DecoderStack:
     """From token ids to the last hidden states, through layers that are fused already.
 
     Args:
+        model: whose embeddings are looked up.
         layers: in order.
         kinds: which of `rotary`'s tables each layer takes.
     """
@@ -37,7 +38,7 @@ class DecoderStack:
     def __init__(
         self,
         compiled: Kernels,
-        embed: nn.Module,
+        model: PreTrainedModel,
         layers: Sequence[FusedLayer],
         kinds: Sequence[int],
         norm: FusedRMSNorm,
@@ -45,7 +46,8 @@ class DecoderStack:
         attention: BatchAttention,
     ) -> None:
         self._kernels = compiled
-        self._embed = embed
+        self._model = model
+        self._hooks = _hooks(model)
         self._rotary = rotary
         self._attention = attention
         caches = [attention.cache(layer.attention_module, layer.dtype) for layer in layers]
@@ -78,6 +80,7 @@ class DecoderStack:
             or not layers
             or [layer.attention_module for layer in layers] != list(attention.places)
             or any(attention.cache(layer.attention_module, layer.dtype) is None for layer in layers)
+            or any(_hooks(model))
         ):
             return None
         listener = _Listener(model.base_model, modules, layers)
@@ -86,7 +89,12 @@ class DecoderStack:
         sample = torch.arange(5), torch.tensor([0, 1, 2, 5, max_len - 1])
         heard = listener.hear(*sample)
         norm = None if heard is None else _norm_of(model.base_model, heard)
-        if heard is None or norm is None or not torch.equal(embed(sample[0]), heard.embedded):
+        if (
+            heard is None
+            or norm is None
+            or heard.embedded.dtype != layers[0].dtype
+            or not torch.equal(embed(sample[0]), heard.embedded)
+        ):
             return None
         kinds = [
             next(i for i, other in enumerate(heard.pairs) if all(map(torch.equal, other, pair)))
@@ -108,21 +116,28 @@ class DecoderStack:
                 if not torch.equal(rows, heard.pairs[kind][which]):
                     return None
         rotary = RotaryTables(compute, max_len)
-        return cls(compiled, embed, layers, [first_of_kind.index(kind) for kind in kinds], norm, rotary, attention)
+        return cls(compiled, model, layers, [first_of_kind.index(kind) for kind in kinds], norm, rotary, attention)
 
     def takes(self, batch: RaggedBatch) -> bool:
-        """Whether the layers compute such a batch: without matrix tiles, sequences must bring one token each."""
-        return self._prefills or batch.is_decode
+        """Whether the layers compute such a batch: without matrix tiles, sequences must bring one token each; and a
+        hook that somebody put on a module would not be called."""
+        return (self._prefills or batch.is_decode) and not any(self._hooks)
 
     def __call__(self, token_ids: Tensor, batch: RaggedBatch) -> Tensor:
         """Hidden states [T, hidden] of token_ids[T] for a batch that it takes; stores their keys and values."""
         self._attention.claim_all()
         last = max(start + num_rows for _, _, num_rows, start in batch.spans) - 1
         rotaries = self._rotary.rows(batch.positions, last)
-        x: Tensor = self._embed(token_ids)
+        x: Tensor = self._model.get_input_embeddings()(token_ids).contiguous()
         parts = batch.parts(1)
         self._kernels.stack(self._layers, self._norm, parts.short, parts.long_spans, rotaries, self._workspace, x)
         return x
+
+
+def _hooks(model: PreTrainedModel) -> list[Mapping[int, Any]]:
+    """What is or will be called before and after the modules that a stack stands for."""
+    inside = (module for module in model.base_model.modules() if module is not model.get_input_embeddings())
+    return [hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def _norm_of(model: nn.Module, heard: _Heard) -> FusedRMSNorm | None:
@@ -150,14 +165,17 @@ class _Listener:
         """What one forward pass of tokens [T] at positions [T] shows; None if its layers are more than a row of
         layers."""
         generator = torch.Generator().manual_seed(0)
-        shape = (1, len(token_ids), self._layers[0].hidden)
-        answers = [torch.randn(shape, generator=generator).to(self._layers[0].dtype) for _ in self._modules]
+        hidden, dtype = self._layers[0].hidden, self._layers[0].dtype
+        # The same for all tokens: random numbers for thousands of them would take longer than the rest.
+        rows = torch.randn(len(self._modules), 1, 1, hidden, generator=generator).to(dtype)
+        answers = [row.expand(1, len(token_ids), hidden) for row in rows]
         calls: list[tuple[int, Tensor, Any]] = []
 
         def listen(index: int) -> Any:
             def forward(hidden: Tensor, *_: Any, position_embeddings: Any = None, **__: Any) -> Tensor:
                 calls.append((index, hidden, position_embeddings))
-                return answers[index].clone()
+                answer: Tensor = answers[index]
+                return answer.clone()
 
             return forward
 

@@ -10,8 +10,8 @@ from torch import Tensor
 Pair = tuple[Tensor, Tensor]
 """Cosines and sines, [tokens, head_dim] each."""
 
-_LEAST = 512
-"""Positions in the first table."""
+_LEAST, _MOST, _ROUNDED = 512, 2048, 256
+"""Positions in the first table, most that come unasked, and what those beyond the last are rounded up to."""
 
 
 class RotaryTables:
@@ -19,7 +19,7 @@ class RotaryTables:
 
     Args:
         compute: the pairs of each kind for positions [n].
-        max_len: positions there are.
+        max_len: positions there are, as far as is known.
     """
 
     def __init__(self, compute: Callable[[Tensor], Sequence[Pair]], max_len: int) -> None:
@@ -35,10 +35,13 @@ class RotaryTables:
         return [(cosines[positions], sines[positions]) for cosines, sines in self._tables]
 
     def _grow(self, least: int) -> None:
-        new = max(least, min(max(2 * self._len, _LEAST), self._max_len))
-        more = self._compute(torch.arange(self._len, new))
-        if self._tables:
-            pairs = zip(self._tables, more, strict=True)
-            more = [(torch.cat((a, c)), torch.cat((b, d))) for (a, b), (c, d) in pairs]
-        self._tables = list(more)
+        new = min(max(least, 2 * self._len, _LEAST), max(least, self._len + _MOST), self._max_len)
+        if new < least:
+            new = -(-least // _ROUNDED) * _ROUNDED
+        parts = [self._tables] if self._tables else []
+        parts += [list(self._compute(part)) for part in torch.split(torch.arange(self._len, new), _ROUNDED)]
+        kinds = zip(*parts, strict=True)
+        self._tables = [
+            (torch.cat([cosines for cosines, _ in kind]), torch.cat([sines for _, sines in kind])) for kind in kinds
+        ]
         self._len = new

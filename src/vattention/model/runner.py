@@ -112,18 +112,19 @@ class ModelRunner:
         """Give the model back as it was. The cache remains its owner's to close."""
         self._hook.close()
         self._attention = BatchAttention({})
+        self._stack = None
 
     def _predictions(self, batch: RaggedBatch, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
+        if self._stack is not None and self._output_layer is not None and self._stack.takes(batch):
+            hidden = self._stack(inputs["input_ids"][0], batch)
+            return HiddenStates(hidden[rows], self._output_layer, self._scratch)
         if not wanted:
             self._model.base_model(**inputs)
             vocab_size = self._model.config.get_text_config().vocab_size
             return GivenLogits(torch.empty(0, vocab_size, device=self._device))
         if self._output_layer is not None:
-            if self._stack is not None and self._stack.takes(batch):
-                hidden = self._stack(inputs["input_ids"][0], batch)
-            else:
-                hidden = self._model.base_model(**inputs).last_hidden_state[0]
+            hidden = self._model.base_model(**inputs).last_hidden_state[0]
             return HiddenStates(hidden[rows], self._output_layer, self._scratch)
         if self._keeps_rows:
             logits: torch.Tensor = self._model(**inputs, logits_to_keep=rows).logits[0]

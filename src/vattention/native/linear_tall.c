@@ -37,8 +37,11 @@ int vattention_can_tall(const vattention_weight *weight) {
 
 #ifdef HAVE_TALL
 #define TALL_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
-#define EXP_TARGET TALL_TARGET
-#include "exp2.h"
+#define SET tall
+#define TARGET TALL_TARGET
+#include "rowwise_numbers.h"
+#include "rowwise_set.h"
+#include "sigmoid.h"
 
 typedef struct {
     const vattention_weight *weight;
@@ -96,13 +99,6 @@ TALL_TARGET INLINE __m512 rounded(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-/* g sigmoid(g (linear + cubic g^2)) u, as in gate.c. */
-TALL_TARGET INLINE __m512 gated(const vattention_gating *how, __m512 g, __m512 u) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const __m512 slope = _mm512_fmadd_ps(_mm512_mul_ps(g, g), _mm512_set1_ps(how->cubic), _mm512_set1_ps(how->linear));
-    return _mm512_div_ps(_mm512_mul_ps(g, u), _mm512_add_ps(one, exp2_of(_mm512_mul_ps(g, _mm512_mul_ps(slope, _mm512_set1_ps(-LOG2_E))))));
-}
-
 /* The sums of a panel of gates and of its factors to y, which is half as wide as both. */
 TALL_TARGET static void store_gated(const job *j, const char *sums, const char *factors, int64_t row, int64_t rows,
                                     int64_t panel) {
@@ -112,7 +108,7 @@ TALL_TARGET static void store_gated(const job *j, const char *sums, const char *
         for (int64_t half = 0; half < 2; half++) {
             const __m512 g = columns_of(j, sums, m, half, panel);
             const __m512 u = columns_of(j, factors, m, half, panel + width / COLUMNS);
-            y[half] = gated(j->gating, rounded(g), rounded(u));
+            y[half] = (__m512)gated_tall((floats16)rounded(g), (floats16)rounded(u), j->gating->linear, j->gating->cubic);
         }
         uint16_t *to = (uint16_t *)j->y + (row + m) * width + panel * COLUMNS;
         _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));

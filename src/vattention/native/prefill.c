@@ -6,7 +6,8 @@
  * at once, and keys are the first factor, which takes them as they lie in the cache.
  *
  * A lane is a query row and one of the heads that share a kv head. Blocks of keys lie at multiples of their size,
- * so a row's result depends neither on the rest of its chunk nor on the way the cache is stored. Sums are float32.
+ * so a row's result depends neither on the rest of its chunk nor on the way the cache is stored, as long as the values it
+ * must not see are finite: those meet weights of zero. Sums are float32.
  */
 #include "kernels.h"
 
@@ -265,25 +266,31 @@ PREFILL_TARGET INLINE void score(const job *j, const lanes *own, const char *key
     TILES_READ_MEMORY;
 }
 
-/* The largest of 16 lanes' scores so far, in powers of two. `unit` becomes what the scores are to be multiplied by: they
- * stay as they are unless they are capped or masked. `base` is the position of key 0. */
+/* What scores are multiplied by to become powers of two; where `largest` changes them, it has done so. */
+PREFILL_TARGET INLINE float unit_of(const vattention_heads *heads) {
+    return heads->softcap == 0.0f && heads->scale > 0.0f ? heads->scale * LOG2_E : 1.0f;
+}
+
+/* A product that is rounded before anything else is done with it, so that the largest score weighs 1 however large. */
+PREFILL_TARGET INLINE __m512 times(__m512 x, __m512 unit) { return _mm512_mul_round_ps(x, unit, _MM_FROUND_CUR_DIRECTION); }
+
+/* The largest of 16 lanes' scores so far, in powers of two. Scores that a lane must not see become -inf; otherwise they
+ * stay as they are unless they are capped, or turned over by a scale below zero. `base` is the position of key 0. */
 PREFILL_TARGET INLINE __m512 largest(const job *j, const lanes *own, int64_t half, int64_t base, int64_t from,
-                                     int64_t until, float *scores, float *unit) {
+                                     int64_t until, float *scores) {
     const vattention_heads *heads = j->heads;
-    const __m512 factor = _mm512_set1_ps(heads->softcap > 0.0f ? heads->scale : heads->scale * LOG2_E);
+    const int raw = heads->softcap == 0.0f && heads->scale > 0.0f;
     const int masks = base + 32 * until - 1 > own->lowest ||
                       (heads->window > 0 && base + 32 * from <= own->highest - heads->window);
-    __m512 most = _mm512_loadu_ps(own->max + half);
-    if (!masks && heads->softcap == 0.0f && heads->scale > 0.0f) {
-        __m512 own_most = _mm512_set1_ps(-FLT_MAX), other_most = own_most;
+    const __m512 unit = _mm512_set1_ps(unit_of(heads));
+    __m512 most = _mm512_set1_ps(-INFINITY), other_most = most;
+    if (!masks && raw) {
         for (int64_t i = 32 * from; i < 32 * until; i += 2) {
-            own_most = _mm512_max_ps(own_most, _mm512_loadu_ps(scores + i * WIDE + half));
+            most = _mm512_max_ps(most, _mm512_loadu_ps(scores + i * WIDE + half));
             other_most = _mm512_max_ps(other_most, _mm512_loadu_ps(scores + (i + 1) * WIDE + half));
         }
-        *unit = heads->scale * LOG2_E;
-        return _mm512_max_ps(most, _mm512_mul_ps(_mm512_max_ps(own_most, other_most), factor));
+        return _mm512_max_ps(_mm512_loadu_ps(own->max + half), times(_mm512_max_ps(most, other_most), unit));
     }
-    *unit = 1.0f;
     int32_t offsets[16];
     for (int i = 0; i < 16; i++) {
         /* The last key that the lane sees, counted from `base`. */
@@ -293,9 +300,12 @@ PREFILL_TARGET INLINE __m512 largest(const job *j, const lanes *own, int64_t hal
     const __m512i before = _mm512_sub_epi32(last, _mm512_set1_epi32((int32_t)heads->window));
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
     for (int64_t i = 32 * from; i < 32 * until; i++) {
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(scores + i * WIDE + half), factor);
+        __m512 x = _mm512_loadu_ps(scores + i * WIDE + half);
         if (heads->softcap > 0.0f) {
-            x = _mm512_mul_ps(capped(x, heads->softcap), _mm512_set1_ps(LOG2_E));
+            x = capped(_mm512_mul_ps(x, _mm512_set1_ps(heads->scale)), heads->softcap);
+        }
+        if (!raw) {
+            x = _mm512_mul_ps(x, _mm512_set1_ps(heads->softcap > 0.0f ? LOG2_E : heads->scale * LOG2_E));
         }
         const __m512i key = _mm512_set1_epi32((int32_t)i);
         __mmask16 sees = _mm512_cmple_epi32_mask(key, last);
@@ -306,7 +316,12 @@ PREFILL_TARGET INLINE __m512 largest(const job *j, const lanes *own, int64_t hal
         most = _mm512_max_ps(most, x);
         _mm512_storeu_ps(scores + i * WIDE + half, x);
     }
-    return most;
+    return _mm512_max_ps(_mm512_loadu_ps(own->max + half), times(most, unit));
+}
+
+/* The weight of a score. */
+PREFILL_TARGET INLINE __m512 weight(const float *score, __m512 unit, __m512 most) {
+    return exp2_of(_mm512_sub_ps(times(_mm512_loadu_ps(score), unit), most));
 }
 
 /* Turns scores into weights, as tiles [key / 32, lane / 16] of 16 pairs of keys, relative to the largest score so far;
@@ -315,19 +330,18 @@ PREFILL_TARGET INLINE void weigh(const job *j, const lanes *own, int64_t base, i
                                  float *scores, char *weights) {
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512 unit = _mm512_set1_ps(unit_of(j->heads));
     __m512 shrink[2];
     int changed = 0;
     for (int64_t half = 0; half < 2; half++) {
         const __m512 before = _mm512_loadu_ps(own->max + 16 * half);
-        float factor;
-        const __m512 most = largest(j, own, 16 * half, base, from, until, scores, &factor);
-        const __m512 unit = _mm512_set1_ps(factor);
+        const __m512 most = largest(j, own, 16 * half, base, from, until, scores);
         shrink[half] = exp2_of(_mm512_sub_ps(before, most));
         changed |= _mm512_cmpneq_ps_mask(before, most) != 0;
         __m512 total = _mm512_mul_ps(_mm512_loadu_ps(own->total + 16 * half), shrink[half]);
         for (int64_t i = 32 * from; i < 32 * until; i += 2) {
-            const __m512 a = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + i * WIDE + 16 * half), unit, most));
-            const __m512 b = exp2_of(_mm512_fmsub_ps(_mm512_loadu_ps(scores + (i + 1) * WIDE + 16 * half), unit, most));
+            const __m512 a = weight(scores + i * WIDE + 16 * half, unit, most);
+            const __m512 b = weight(scores + (i + 1) * WIDE + 16 * half, unit, most);
             total = _mm512_add_ps(total, _mm512_add_ps(a, b));
             const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(b, a);
             char *to = weights + (i / 32 * 2 + half) * TILE_NBYTES + i % 32 / 2 * 64;

@@ -22,7 +22,7 @@ class WeightFormat(IntEnum):
 
 
 class LinearWeight(ctypes.Structure):
-    """`vattention_weight` of linear.c: a packed weight and a bias, both kept alive by who made this."""
+    """`vattention_weight` of kernels.h: a packed weight and a bias, both kept alive by who made this."""
 
     _fields_ = (
         ("packed", c_void_p),
@@ -49,7 +49,7 @@ class LinearWeight(ctypes.Structure):
 
 
 class ScreenCopy(ctypes.Structure):
-    """`vattention_screen` of screen.c: tensors kept alive by who made this."""
+    """`vattention_screen` of kernels.h: tensors kept alive by who made this."""
 
     _fields_ = (
         ("numbers", c_void_p),
@@ -62,7 +62,7 @@ class ScreenCopy(ctypes.Structure):
 
 
 class AttentionHeads(ctypes.Structure):
-    """`vattention_heads` of attend.c: what a layer's attention computes."""
+    """`vattention_heads` of kernels.h: what a layer's attention computes."""
 
     _fields_ = (
         ("num_heads", c_int64),
@@ -77,7 +77,7 @@ class AttentionHeads(ctypes.Structure):
 
 
 class _Cache(ctypes.Structure):
-    """`vattention_cache` of attend.c: keys or values."""
+    """`vattention_cache` of kernels.h: keys or values."""
 
     _fields_ = (
         ("numbers", c_void_p),
@@ -88,7 +88,7 @@ class _Cache(ctypes.Structure):
 
 
 class _Tables(ctypes.Structure):
-    """`vattention_tables` of attend.c: block tables, or none."""
+    """`vattention_tables` of kernels.h: block tables, or none."""
 
     _fields_ = (("blocks", c_void_p), ("slot_stride", c_int64), ("block_size", c_int64))
 
@@ -112,7 +112,7 @@ class AttentionCache:
 
 
 class NormedHeads(ctypes.Structure):
-    """`vattention_normed_heads` of rotate.c: heads side by side, and how each is normalised."""
+    """`vattention_normed_heads` of kernels.h: heads side by side, and how each is normalised."""
 
     _fields_ = (("scale", c_void_p), ("epsilon", c_float), ("num_heads", c_int32))
 
@@ -123,7 +123,7 @@ class NormedHeads(ctypes.Structure):
 
 
 class Rotation(ctypes.Structure):
-    """`vattention_rotation` of rotate.c: what a token's queries and keys look like."""
+    """`vattention_rotation` of kernels.h: what a token's queries and keys look like."""
 
     _fields_ = (
         ("query", NormedHeads),
@@ -139,7 +139,7 @@ class Rotation(ctypes.Structure):
 
 
 class Norm(ctypes.Structure):
-    """`vattention_norm` of layer.c."""
+    """`vattention_norm` of kernels.h."""
 
     _fields_ = (("scale", c_void_p), ("epsilon", c_float))
 
@@ -150,7 +150,7 @@ class Norm(ctypes.Structure):
 
 
 class DecoderLayer(ctypes.Structure):
-    """`vattention_layer` of layer.c; what its pointers point to is kept alive by who made this."""
+    """`vattention_layer` of kernels.h; what its pointers point to is kept alive by who made this."""
 
     _fields_ = (
         ("query_key_value", c_void_p),
@@ -194,7 +194,7 @@ class Rotary(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """`vattention_batch` of layer.c."""
+    """`vattention_batch` of kernels.h."""
 
     _fields_ = (
         ("num_tokens", c_int64),

@@ -85,7 +85,7 @@ void team_parallel(void (*body)(void *), void *argument, unsigned num_threads, u
     (void)num_threads;
     (void)flags;
     team *t = led;
-    const uint64_t number = (t->section >> NUMBER_SHIFT) + 1;
+    const uint64_t number = (__atomic_load_n(&t->section, __ATOMIC_RELAXED) >> NUMBER_SHIFT) + 1;
     t->body = body;
     t->argument = argument;
     t->left = 0;
