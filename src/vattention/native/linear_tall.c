@@ -3,7 +3,7 @@
  * With enough rows a product is bound by arithmetic, which then waits for the tiles' loads alone: four products
  * take four tiles. So rows are packed into whole tiles, which the processor fetches ahead as they lie, and of a panel
  * of W as much as the first-level cache holds meets all rows of a block before the next part does; sums wait in memory
- * meanwhile. The blocks are those of linear.c.
+ * meanwhile.
  */
 #include "kernels.h"
 
