@@ -148,10 +148,6 @@ typedef struct {
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
-static int64_t first_key(const vattention_heads *heads, int64_t start) {
-    return heads->window > 0 && start >= heads->window ? start - heads->window + 1 : 0;
-}
-
 static state state_at(const job *j, float *at, int64_t num_rows) {
     const int64_t n = padded(num_rows * j->heads->num_heads, PAD);
     return (state){.max = at, .total = at + n, .values = at + 2 * n};

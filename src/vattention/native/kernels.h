@@ -50,6 +50,11 @@ typedef struct {
     float softcap; /* or 0 */
 } vattention_heads;
 
+/* The first key that the token at a position sees. */
+INLINE int64_t first_key(const vattention_heads *heads, int64_t position) {
+    return heads->window > 0 && position >= heads->window ? position - heads->window + 1 : 0;
+}
+
 /* Keys or values, with strides in elements. */
 typedef struct {
     const void *numbers;

@@ -29,10 +29,6 @@ enum { TILE_NBYTES = 1024 };
 /* Packed keys and values of as many heads as go into this are made at a time, of one at least. */
 enum { PACKED_NBYTES = 32 << 20 };
 
-static int64_t first_key(const vattention_heads *heads, int64_t start) {
-    return heads->window > 0 && start >= heads->window ? start - heads->window + 1 : 0;
-}
-
 static int64_t head_nbytes(const vattention_heads *heads, const vattention_span *sp) {
     const int64_t end = sp->start + sp->num_rows, first = first_key(heads, sp->start);
     return ((end - 1) / KEYS - first / KEYS + 1) * KEYS * (heads->key_dim + heads->value_dim) * 2;
