@@ -9,69 +9,30 @@
  * The copy: panels of 32 columns as in linear.c, but four steps of the inner dimension at once, [panels, steps, 32, 4],
  * padded with zeros.
  */
-#include "kernels.h"
+#include "screen.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__x86_64__) && VATTENTION_LANES >= 16 && VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 11)
-#define HAVE_SCREEN
-#endif
-
 #ifdef HAVE_SCREEN
-#define SCREEN_TARGET \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma")))
-
-enum { STEP = 4 };
-/* Rows of x taken together: by matrix tiles and by vectors. */
-enum { TILE_TOKENS = 16, VECTOR_TOKENS = 4 };
-/* Numbers so small that their products may be subnormal, which the processor takes for zero in one way of computing
- * and not in the other; and so large that products may overflow. Neither is found in a model that works. */
-static const float SMALLEST = 1e-15f, LARGEST = 1e15f;
-/* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
-enum { WORTHWHILE = 4 };
-
-typedef struct {
-    const vattention_screen *screen;
-    const int8_t *rows; /* [2 * num_rows, 4 * steps]: a row's upper bytes, then its lower ones */
-    const float *factors, *norms;
-    int64_t num_rows, num_panels, panels_each;
-    float *upper; /* [num_rows, num_panels] */
-    float *lower; /* [threads, num_rows] */
-    int64_t next_thread, next_item; /* taken atomically */
-} job;
-
 /* One row's bounds in one panel, from the products of its upper and its lower bytes. */
-SCREEN_TARGET INLINE void judge(const job *j, int64_t row, int64_t panel, const __m512i *high, const __m512i *low,
+SCREEN_TARGET INLINE void judge(const screening *j, int64_t row, int64_t panel, const __m512i *high, const __m512i *low,
                                 float *lower) {
     const vattention_screen *s = j->screen;
-    const int64_t left = s->num_out - panel * COLUMNS;
-    const __mmask32 exists = left >= COLUMNS ? 0xffffffffu : (1u << left) - 1;
-    float most = -INFINITY;
+    __m512 value[2], error[2];
     for (int half = 0; half < 2; half++) {
         const int64_t at = panel * COLUMNS + half * HALF;
-        const __mmask16 mask = (__mmask16)(exists >> (half * HALF));
         const __m512 sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[half]), _mm512_set1_ps(256.0f),
                                             _mm512_cvtepi32_ps(low[half]));
-        const __m512 value = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(s->scales + at),
-                                                               _mm512_set1_ps(j->factors[row])));
-        const __m512 error = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->norms[row]));
-        const float above = _mm512_mask_reduce_max_ps(mask, _mm512_add_ps(value, error));
-        const float below = _mm512_mask_reduce_max_ps(mask, _mm512_sub_ps(value, error));
-        /* NaN is no bound, and keeps the panel. */
-        most = above <= most ? most : above;
-        lower[row] = below > lower[row] ? below : lower[row];
+        value[half] = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(s->scales + at),
+                                                        _mm512_set1_ps(j->factors[row])));
+        error[half] = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->norms[row]));
     }
-    j->upper[row * j->num_panels + panel] = most;
+    bound(j, row, panel, value, error, lower);
 }
 
 /* `count` is a constant wherever this is inlined. */
-SCREEN_TARGET INLINE void vectors(const job *j, int64_t first, const int count, int64_t panel, float *lower) {
+SCREEN_TARGET INLINE void vectors(const screening *j, int64_t first, const int count, int64_t panel, float *lower) {
     const vattention_screen *s = j->screen;
     const int64_t width = s->num_steps * STEP;
     const int8_t *numbers = s->numbers + panel * COLUMNS * width;
@@ -108,7 +69,7 @@ SCREEN_TARGET INLINE void vectors(const job *j, int64_t first, const int count, 
     }
 }
 
-SCREEN_TARGET static void by_vectors(const job *j, int64_t first, int64_t count, int64_t panel, float *lower) {
+SCREEN_TARGET static void by_vectors(const screening *j, int64_t first, int64_t count, int64_t panel, float *lower) {
     switch (count) {
     case 1:
         vectors(j, first, 1, panel, lower);
@@ -124,7 +85,7 @@ SCREEN_TARGET static void by_vectors(const job *j, int64_t first, int64_t count,
     }
 }
 
-SCREEN_TARGET static void by_tiles(const job *j, int64_t first, int64_t count, int64_t panel, float *lower) {
+SCREEN_TARGET static void by_tiles(const screening *j, int64_t first, int64_t count, int64_t panel, float *lower) {
     const vattention_screen *s = j->screen;
     const int64_t width = s->num_steps * STEP;
     const int8_t *numbers = s->numbers + panel * COLUMNS * width, *x = j->rows + 2 * first * width;
@@ -164,7 +125,7 @@ SCREEN_TARGET static void by_tiles(const job *j, int64_t first, int64_t count, i
 }
 
 SCREEN_TARGET static void work(void *argument) {
-    job *j = argument;
+    screening *j = argument;
     const int tiles = vattention_has_tiles() == 2;
     const int64_t together = tiles ? TILE_TOKENS : VECTOR_TOKENS;
     float *lower = j->lower + j->num_rows * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
@@ -179,7 +140,7 @@ SCREEN_TARGET static void work(void *argument) {
         for (int64_t panel = begin; panel < begin + j->panels_each && panel < j->num_panels; panel++) {
             for (int64_t first = 0; first < j->num_rows; first += together) {
                 const int64_t count = j->num_rows - first < together ? j->num_rows - first : together;
-                (tiles ? by_tiles : by_vectors)(j, first, count, panel, lower);
+                (tiles ? j->by_tiles : j->by_vectors)(j, first, count, panel, lower);
             }
         }
     }
@@ -187,6 +148,9 @@ SCREEN_TARGET static void work(void *argument) {
         vattention_tiles_end();
     }
 }
+
+/* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
+enum { WORTHWHILE = 4 };
 
 /* A row in 16 bits: its bytes, its unit and its length; 0 where its numbers are of no use for bounds. */
 static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high, float *unit, float *norm) {
@@ -320,7 +284,9 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
     float *factors = (float *)(memory + padded_rows * width), *norms = factors + num_rows, *lower = norms + num_rows;
     float *upper = lower + num_threads * num_rows;
     int32_t *found = (int32_t *)(upper + num_rows * num_panels);
-    job j = {.screen = screen, .rows = rows, .factors = factors, .norms = norms, .num_rows = num_rows};
+    screening j = {.screen = screen, .by_vectors = by_vectors, .by_tiles = by_tiles, .rows = rows, .num_rows = num_rows};
+    j.factors = factors;
+    j.norms = norms;
     j.num_panels = num_panels;
     j.panels_each = num_panels / (16 * num_threads) + 1;
     j.upper = upper;
