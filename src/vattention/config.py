@@ -83,6 +83,8 @@ class EngineConfig:
             such as "4GiB", a folder for files such as "/var/tmp", or both, "/var/tmp:20GiB"; off by default. Beam
             searches are always computed again.
         attention: the attention kernel by name; "auto" takes the fastest that computes what the model needs.
+        enforce_eager: launch the kernels of decode steps one by one on a GPU, instead of replaying CUDA graphs,
+            which take some memory and a few seconds at the start.
         seed: seed of requests that bring none.
         trust_remote_code: run Python code that comes with the model.
         skip_tokenizer_init: serve token ids only, without a tokenizer.
@@ -106,6 +108,7 @@ class EngineConfig:
     reservation: Literal["max", "pow2", "oracle"] = "max"
     swap_space: str | int | None = None
     attention: str = "auto"
+    enforce_eager: bool = False
     seed: int = 0
     trust_remote_code: bool = False
     skip_tokenizer_init: bool = False

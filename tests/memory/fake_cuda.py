@@ -16,10 +16,19 @@ from cuda.bindings import driver as real
 from vattention.memory import libc
 
 GRANULARITY = 2 * 2**20
+STREAM = 7
+"""The stream on which a fake GPU's kernels run."""
+
+_EVENT = 4096
 _CONTEXT = object()
 OK = real.CUresult.CUDA_SUCCESS
 INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
 OUT_OF_MEMORY = real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+
+
+def fake_stream() -> int:
+    """The calling thread's current one."""
+    return STREAM
 
 
 class FakeCuda:
@@ -28,6 +37,8 @@ class FakeCuda:
     Attributes:
         calls: how often each function was called.
         synchronized: no kernel can be running: nothing was made accessible since the last synchronisation.
+        taken_nbytes: of memory, by other processes.
+        events: those that exist, and the stream each was recorded on last.
         mapped: address → (handle, accessible).
         handles: handle → number of mappings.
         ranges: address → bytes.
@@ -40,6 +51,8 @@ class FakeCuda:
         self.contexts: list[object] = []
         self.retained = 0
         self.synchronized = True
+        self.taken_nbytes = 0
+        self.events: dict[int, int | None] = {}
         self.mapped: dict[int, tuple[int, bool]] = {}
         self.handles: dict[int, int] = {}
         self.ranges: dict[int, int] = {}
@@ -105,6 +118,28 @@ class FakeCuda:
         self.synchronized = True
         return (OK,)
 
+    def cuEventCreate(self, flags: object) -> tuple[real.CUresult, real.CUevent]:
+        self._need_context()
+        assert flags == real.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        self.events[_EVENT] = None
+        return OK, real.CUevent(_EVENT)
+
+    def cuEventRecord(self, event: real.CUevent, stream: int) -> tuple[real.CUresult]:
+        self._need_context()
+        self.events[int(event)] = int(real.CUstream(stream))
+        return (OK,)
+
+    def cuEventSynchronize(self, event: real.CUevent) -> tuple[real.CUresult]:
+        """Kernels run on `STREAM`."""
+        self._need_context()
+        if self.events[int(event)] == STREAM:
+            self.synchronized = True
+        return (OK,)
+
+    def cuEventDestroy(self, event: real.CUevent) -> tuple[real.CUresult]:
+        del self.events[int(event)]
+        return (OK,)
+
     def cuDeviceGetAttribute(self, attribute: object, device: int) -> tuple[real.CUresult, int]:
         return OK, int(self.supported)
 
@@ -113,7 +148,7 @@ class FakeCuda:
 
     def cuMemGetInfo(self) -> tuple[real.CUresult, int, int]:
         self._need_context()
-        return OK, self.total_nbytes - self.used_nbytes, self.total_nbytes
+        return OK, self.total_nbytes - self.used_nbytes - self.taken_nbytes, self.total_nbytes
 
     def cuMemGetAllocationGranularity(self, properties: Any, option: object) -> tuple[real.CUresult, int]:
         assert properties.location.type == real.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -147,7 +182,7 @@ class FakeCuda:
         assert properties.type == real.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         if nbytes != GRANULARITY or flags:
             return INVALID, None
-        if not self._free_slots:
+        if self.used_nbytes + self.taken_nbytes + nbytes > self.total_nbytes:
             return OUT_OF_MEMORY, None
         handle = self._next_handle
         self._next_handle += 1
@@ -228,6 +263,7 @@ class FakeCuda:
 _NOTHING = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE
 _NUM_RESULTS = {
     "cuDeviceGet": 1,
+    "cuEventCreate": 1,
     "cuDevicePrimaryCtxRetain": 1,
     "cuCtxPopCurrent": 1,
     "cuDeviceGetAttribute": 1,

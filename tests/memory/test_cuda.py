@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.memory.backends import Backend
-from tests.memory.fake_cuda import GRANULARITY, OUT_OF_MEMORY, FakeCuda
+from tests.memory.fake_cuda import GRANULARITY, OUT_OF_MEMORY, STREAM, FakeCuda, fake_stream
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory.cuda import CudaDriver
 from vattention.memory.driver import IntArray
@@ -19,7 +19,7 @@ from vattention.memory.region import Region
 class Bench:
     def __init__(self) -> None:
         self.fake = FakeCuda(16 * GRANULARITY)
-        self.driver = CudaDriver(api=self.fake)
+        self.driver = CudaDriver(api=self.fake, stream=fake_stream)
         self.backend = Backend(self.driver, lambda: self.fake.used_nbytes, self.fake)
         self.start = self.driver.reserve(32 * GRANULARITY)
 
@@ -41,7 +41,19 @@ def test_one_call_per_run_and_one_map_per_page(bench: Bench) -> None:
     assert bench.fake.calls["cuMemSetAccess"] == 3
     bench.driver.unmap(addresses)
     assert bench.fake.calls["cuMemUnmap"] == 3
-    assert bench.fake.calls["cuCtxSynchronize"] == 1
+    assert bench.fake.calls["cuEventSynchronize"] == 1
+
+
+def test_unmapping_waits_for_the_callers_stream_alone(bench: Bench) -> None:
+    addresses, _ = bench.backend.mapped(bench.start, [0])
+    bench.driver.unmap(addresses)
+    assert list(bench.fake.events.values()) == [STREAM]
+    # The whole context is waited for at the end only: a thread may be capturing a graph.
+    assert "cuCtxSynchronize" not in bench.fake.calls
+    fake = bench.fake
+    bench.driver.close()
+    assert fake.calls["cuCtxSynchronize"] == 1
+    assert not fake.events
 
 
 def test_handles_beyond_63_bits_come_back_as_they_were(bench: Bench) -> None:
@@ -83,7 +95,16 @@ def test_shortage_says_what_there_was(bench: Bench) -> None:
 @pytest.mark.parametrize("code", [None, OUT_OF_MEMORY], ids=["error", "shortage"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize(
-    "name", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "cuMemUnmap", "cuMemRelease", "cuCtxSynchronize"]
+    "name",
+    [
+        "cuMemCreate",
+        "cuMemMap",
+        "cuMemSetAccess",
+        "cuMemUnmap",
+        "cuMemRelease",
+        "cuEventRecord",
+        "cuEventSynchronize",
+    ],
 )
 def test_a_call_that_fails_half_way_is_undone(bench: Bench, name: str, nth: int, code: object) -> None:
     pool = PagePool(bench.driver, 16 * GRANULARITY)

@@ -18,6 +18,7 @@ class EagerKernel:
 
     name = "eager"
     reads = LayerView
+    uncapturable = "it computes sequence by sequence, by numbers on the host"
 
     def unsupported(self, spec: AttentionSpec, view: CacheView) -> str | None:
         dtype = view.keys.dtype

@@ -31,6 +31,8 @@ _MOST_PAGE_NUMBERS = 2**32
 _GROUPS_WITHOUT_TENSOR_CORES = (1, 2)
 """Query heads per key head for which plain arithmetic keeps up with memory."""
 
+_PLANS = "FlashInfer plans each batch on the host"
+
 
 class FlashInferKernel(SplitKernel[LayerView]):
     """FlashInfer over contiguous slots: each slot is one page, so a table has one entry for each sequence.
@@ -44,6 +46,7 @@ class FlashInferKernel(SplitKernel[LayerView]):
 
     name = "flashinfer"
     reads = LayerView
+    uncapturable = _PLANS
 
     def __init__(self, library: Library = _installed, runs_on: str = "cuda") -> None:
         self._library = library
@@ -85,6 +88,7 @@ class FlashInferPagedKernel(SplitKernel[PagedLayerView]):
 
     name = "flashinfer_paged"
     reads = PagedLayerView
+    uncapturable = _PLANS
 
     def __init__(self, library: Library = _installed, runs_on: str = "cuda") -> None:
         self._library = library

@@ -19,6 +19,7 @@ class GatheredKernel:
 
     name = "gathered"
     reads = PagedLayerView
+    uncapturable = "it computes sequence by sequence, by numbers on the host"
 
     def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
         return EagerKernel().unsupported(spec, view)

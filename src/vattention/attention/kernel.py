@@ -115,6 +115,13 @@ class AttentionKernel(Protocol[View_contra]):
         """The kind of view this kernel takes."""
         ...
 
+    @property
+    def uncapturable(self) -> str | None:
+        """Why a decode step with this kernel cannot be a CUDA graph, or None if it can: from a `fixed_batch` it
+        takes no numbers on the host but those that bound what there is on the device, and waits for nothing.
+        """
+        ...
+
     def unsupported(self, spec: AttentionSpec, view: View_contra) -> str | None:
         """Why this kernel cannot compute such a layer over such a view, or None if it can."""
         ...

@@ -25,6 +25,7 @@ class SdpaKernel:
 
     name = "sdpa"
     reads = LayerView
+    uncapturable = "it computes sequence by sequence, by numbers on the host"
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
         if not view.keys.dtype.is_floating_point:

@@ -6,7 +6,7 @@ few rows and is split along the keys, the second is matrix products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -108,9 +108,15 @@ class Sequences:
         return self.window - 1 if is_cut and self.window is not None else -1
 
 
-def sequences(batch: RaggedBatch, window: int | None) -> tuple[Sequences, ...]:
-    """The batch's decoding sequences and its others; whichever there are, the same objects for all layers."""
-    return batch.once(("sequences", window), lambda: tuple(_halves(batch, window)))
+def sequences(
+    batch: RaggedBatch, window: int | None, make: Callable[[], tuple[Sequences, ...]] | None = None
+) -> tuple[Sequences, ...]:
+    """The batch's decoding sequences and its others; whichever there are, the same objects for all layers.
+
+    Args:
+        make: what makes them, for whoever asks first and knows them from elsewhere than the batch's spans.
+    """
+    return batch.once(("sequences", window), make or (lambda: tuple(_halves(batch, window))))
 
 
 def _halves(batch: RaggedBatch, window: int | None) -> Iterator[Sequences]:
@@ -156,6 +162,7 @@ class Tables:
         blocks: [n, most] int32; entries behind a sequence's last block mean nothing.
         num_keys: [n] int32: keys from those blocks' first on; under a window some that no row sees come first.
         lengths: the same on the host.
+        most_keys: none of them is more.
         window_left: keys that a row sees before its own; -1 for all from the first block on.
     """
 
@@ -163,6 +170,7 @@ class Tables:
     blocks: torch.Tensor
     num_keys: torch.Tensor
     lengths: tuple[int, ...]
+    most_keys: int
     window_left: int
 
 
@@ -177,14 +185,18 @@ def _tables(every: torch.Tensor, size: int, chosen: Sequences) -> Tables:
     firsts = [begin // size for begin in chosen.begins]
     ends = [start + num_rows for _, _, num_rows, start in chosen.spans]
     lengths = tuple(end - first * size for first, end in zip(firsts, ends, strict=True))
-    most, window = -(-max(lengths) // size), chosen.window
-    window_left = window - 1 if window is not None and max(lengths) > window else -1
+    window = chosen.window
+    # Under a window the first block may begin up to a block before it.
+    reach = max(ends) if window is None else min(max(ends), window + chosen.most_rows + size - 2)
+    most = -(-reach // size)
+    window_left = window - 1 if window is not None and reach > window else -1
     rows = every.index_select(0, chosen.slots)
     if not any(firsts):
-        return Tables(every, rows[:, :most].contiguous(), chosen.end_keys, lengths, window_left)
-    columns = (chosen.first_keys // size).unsqueeze(1) + torch.arange(most, device=every.device)
+        return Tables(every, rows[:, :most].contiguous(), chosen.end_keys, lengths, reach, window_left)
+    first_blocks = chosen.first_keys // size
+    columns = first_blocks.unsqueeze(1) + torch.arange(most, device=every.device)
     blocks = rows.gather(1, columns.clamp_(max=every.shape[1] - 1))
-    return Tables(every, blocks, sent(lengths, torch.int32, every.device), lengths, window_left)
+    return Tables(every, blocks, chosen.end_keys - first_blocks * size, lengths, reach, window_left)
 
 
 View = TypeVar("View", bound=CacheView)
@@ -192,6 +204,8 @@ View = TypeVar("View", bound=CacheView)
 
 class SplitKernel(Generic[View]):
     """A kernel that takes a batch in two calls, one for decoding sequences and one for the others."""
+
+    uncapturable: str | None = None
 
     def unsupported(self, spec: AttentionSpec, view: View) -> str | None:
         """As of `AttentionKernel`."""

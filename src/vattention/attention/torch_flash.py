@@ -113,7 +113,7 @@ class TorchFlashPagedKernel(SplitKernel[PagedLayerView]):
             # Only its size counts where there are tables and lengths.
             chosen.row_starts,
             chosen.most_rows,
-            max(found.lengths),
+            found.most_keys,
             0.0,
             not is_whole,
             False,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager, create_swap_space
+from vattention.model.capture_decode import capture_decode
+from vattention.model.cuda_graphs import CudaCapture
 from vattention.model.fingerprint import fingerprint
 from vattention.model.fused_layer import fuse_layers
 from vattention.model.loader import load
@@ -42,9 +45,11 @@ def build(config: EngineConfig) -> Parts:
     fix_rope(loaded.model, loaded.max_model_len)
     attention = probe(loaded.model)
     fuse_layers(loaded.model, attention)
+    replays = loaded.model.device.type == "cuda" and not config.enforce_eager
     with ExitStack() as undo:
         manager = create_manager(
-            config,
+            # Graphs keep a slot for the rows that fill their batches up.
+            replace(config, max_num_seqs=config.max_num_seqs + 1) if replays else config,
             attention.cache_specs,
             dtype=loaded.model.dtype,
             device=str(loaded.model.device),
@@ -54,6 +59,8 @@ def build(config: EngineConfig) -> Parts:
         runner = ModelRunner(loaded.model, attention, manager, config.attention)
         undo.callback(runner.close)
         verify(loaded.model, runner, manager)
+        if replays:
+            capture_decode(loaded.model, runner, manager, CudaCapture(loaded.model.device))
         undo.pop_all()
     return Parts(
         name=loaded.name,

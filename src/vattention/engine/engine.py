@@ -194,7 +194,7 @@ class LLMEngine:
         return EngineStatistics(
             num_running=len(self._scheduler.running),
             num_waiting=self._scheduler.num_waiting,
-            num_slots=self.manager.num_slots,
+            num_slots=min(self.manager.num_slots, self.config.max_num_seqs),
             accounts=self.manager.accounts(),
             num_swapped=self._swapper.num_images,
             swapped_nbytes=self._swapper.used_nbytes,

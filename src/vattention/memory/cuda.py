@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
-from vattention.memory.cuda_calls import CudaCalls, claim_context_for_torch, load_bindings
+from vattention.memory.cuda_calls import CudaCalls, claim_context_for_torch, load_bindings, torchs_stream
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 from vattention.memory.runs import runs
 
@@ -27,19 +29,30 @@ _RESERVED_PART = 20
 class CudaDriver:
     """`Driver` for a GPU's memory.
 
+    Memory is taken away behind an event: whatever the calling thread's current stream was given before `unmap` has
+    been computed by then. Work on other streams is their owner's to wait for, as with torch's own memory.
+
     Args:
         device_index: as torch counts devices.
         page_nbytes: the device's granularity, 2 MiB as a rule and the default, times a power of two.
         api: used instead of `cuda.bindings.driver`.
+        stream: gives the calling thread's current stream; torch's by default.
 
     Raises:
         ConfigError: no such device, no bindings, no virtual memory management, or no such page size.
     """
 
-    def __init__(self, device_index: int = 0, page_nbytes: int | None = None, api: Any = None) -> None:
+    def __init__(
+        self,
+        device_index: int = 0,
+        page_nbytes: int | None = None,
+        api: Any = None,
+        stream: Callable[[], int] | None = None,
+    ) -> None:
         if api is None:
             api = load_bindings()
             claim_context_for_torch(device_index)
+        self._stream = stream or partial(torchs_stream, device_index)
         self._calls = calls = CudaCalls(device_index, api)
         with ExitStack() as undo:
             undo.callback(calls.let_go)
@@ -54,6 +67,8 @@ class CudaDriver:
                 raise ConfigError(
                     f"page_size={page_nbytes} must be {granularity} bytes times a power of two on this GPU"
                 )
+            with calls.context():
+                self._event = calls("cuEventCreate", api.CUevent_flags.CU_EVENT_DISABLE_TIMING)
             undo.pop_all()
         self._access = api.CUmemAccessDesc()
         self._access.location = self._properties.location
@@ -73,7 +88,7 @@ class CudaDriver:
         self._mapped: dict[int, int] = {}
         self._unreleased: list[int] = []
         self._give_back = weakref.finalize(
-            self, _give_back, calls, self._page_nbytes, self._ranges, self._handles, self._mapped
+            self, _give_back, calls, self._event, self._page_nbytes, self._ranges, self._handles, self._mapped
         )
         # At exit the system takes everything back by itself, while other threads may still be using it.
         self._give_back.atexit = False
@@ -135,8 +150,10 @@ class CudaDriver:
 
     def unmap(self, addresses: IntArray) -> None:
         with self._calls.context(), ExitStack() as undo:
-            # Kernels in flight may still use the pages, and cuMemUnmap waits for them only sometimes.
-            self._calls("cuCtxSynchronize")
+            # Kernels in flight may still use the pages, and cuMemUnmap waits for them only sometimes. Waiting for
+            # the whole context would break off a graph that another thread is capturing.
+            self._calls("cuEventRecord", self._event, self._stream())
+            self._calls("cuEventSynchronize", self._event)
             for start, count in runs(addresses, self._page_nbytes):
                 self._calls("cuMemUnmap", int(addresses[start]), count * self._page_nbytes)
                 undo.callback(self._map_back, addresses[start : start + count])
@@ -207,7 +224,12 @@ def _unsigned(handles: IntArray) -> list[int]:
 
 
 def _give_back(
-    calls: CudaCalls, page_nbytes: int, ranges: dict[int, int], handles: set[int], mapped: dict[int, int]
+    calls: CudaCalls,
+    event: Any,
+    page_nbytes: int,
+    ranges: dict[int, int],
+    handles: set[int],
+    mapped: dict[int, int],
 ) -> None:
     with calls.context():
         calls("cuCtxSynchronize")
@@ -218,4 +240,5 @@ def _give_back(
             calls("cuMemRelease", handle)
         for address, nbytes in ranges.items():
             calls("cuMemAddressFree", address, nbytes)
+        calls("cuEventDestroy", event)
     calls.let_go()

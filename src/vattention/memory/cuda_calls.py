@@ -103,3 +103,10 @@ def claim_context_for_torch(device_index: int) -> None:
             f"torch sees {torch.cuda.device_count()} CUDA devices, so there is no cuda:{device_index}"
         )
     torch.cuda.synchronize(device_index)
+
+
+def torchs_stream(device_index: int) -> int:
+    """The stream on which torch launches what the calling thread computes on a device."""
+    import torch
+
+    return int(torch.cuda.current_stream(device_index).cuda_stream)

@@ -16,6 +16,8 @@ from vattention.core import Chunk
 from vattention.errors import UnsupportedModelError
 from vattention.kv.manager import KVManager
 from vattention.model.batch_attention import BatchAttention, Place
+from vattention.model.cuda_graphs import Capture
+from vattention.model.decode_graphs import DecodeGraphs
 from vattention.model.decoder_stack import DecoderStack
 from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
@@ -57,6 +59,8 @@ class ModelRunner:
         with self.suspended():
             self._output_layer = plain_output_layer(model)
         self._stack = None if self._output_layer is None else DecoderStack.of(model, self._attention)
+        self._kv = kv
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -77,30 +81,44 @@ class ModelRunner:
 
         The cache must have memory for them (`KVManager.ensure`), and hold the tokens before them.
         """
+        replayed = None if self._graphs is None else self._graphs.logits(chunks)
+        if replayed is not None:
+            rows = [row for row, chunk in enumerate(chunks) if chunk.num_logits]
+            return GivenLogits(replayed if len(rows) == len(replayed) else replayed[rows])
         batch = RaggedBatch.of(chunks, self._device)
         token_ids: list[int] = []
         wanted: list[int] = []
         for chunk in chunks:
             token_ids.extend(chunk.token_ids)
             wanted.extend(range(len(token_ids) - chunk.num_logits, len(token_ids)))
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([token_ids], dtype=torch.int64, device=self._device),
-            "position_ids": batch.positions.unsqueeze(0),
-            "use_cache": False,
-        }
-        self._attention.begin(batch)
-        try:
-            with torch.inference_mode():
-                predictions = self._predictions(batch, inputs, wanted)
-        finally:
-            self._attention.end()
-        num_attended, num_layers = self._attention.num_attended, len(self._attention.places)
-        if num_attended != num_layers:
-            raise UnsupportedModelError(
-                f"{type(self._model).__name__} called {num_attended} of {num_layers} attention layers in a forward "
-                "pass; each must be called exactly once"
-            )
-        return predictions
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        with self._attending(batch), torch.inference_mode():
+            return self._predictions(batch, _inputs(ids, batch), wanted)
+
+    @property
+    def uncapturable(self) -> str | None:
+        """Why decode steps cannot be CUDA graphs, or None if nothing is known to stand in the way."""
+        kernels = (place.kernel for place in self._attention.places.values())
+        return next((f"{kernel.name}: {kernel.uncapturable}" for kernel in kernels if kernel.uncapturable), None)
+
+    def capture(self, capture: Capture) -> None:
+        """Run decode steps as graphs from now on, those for short sequences captured at once.
+
+        Raises:
+            OutOfMemoryError: as `DecodeGraphs` says.
+        """
+        self.launch_eagerly()
+        windows = {place.spec.window for place in self._attention.places.values()}
+        width = self._model.get_output_embeddings().weight.shape[0]
+        graphs = DecodeGraphs(self._every_row, capture, self._kv, windows, width=width, device=self._device)
+        graphs.warm_up()
+        self._graphs = graphs
+
+    def launch_eagerly(self) -> None:
+        """Run decode steps without graphs from now on."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -110,9 +128,31 @@ class ModelRunner:
 
     def close(self) -> None:
         """Give the model back as it was. The cache remains its owner's to close."""
+        self.launch_eagerly()
         self._hook.close()
         self._attention = BatchAttention({})
         self._stack = None
+
+    @contextmanager
+    def _attending(self, batch: RaggedBatch) -> Iterator[None]:
+        """Inside the block the model computes this batch, once."""
+        self._attention.begin(batch)
+        try:
+            yield
+        finally:
+            self._attention.end()
+        num_attended, num_layers = self._attention.num_attended, len(self._attention.places)
+        if num_attended != num_layers:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} called {num_attended} of {num_layers} attention layers in a forward "
+                "pass; each must be called exactly once"
+            )
+
+    def _every_row(self, token_ids: torch.Tensor, batch: RaggedBatch) -> torch.Tensor:
+        """[T, V]: the logits of every row, in the model's type."""
+        with self._attending(batch):
+            logits: torch.Tensor = self._model(**_inputs(token_ids, batch)).logits[0]
+        return logits
 
     def _predictions(self, batch: RaggedBatch, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
@@ -131,3 +171,8 @@ class ModelRunner:
         else:
             logits = self._model(**inputs).logits[0, rows]
         return GivenLogits(self._scratch.widened(logits))
+
+
+def _inputs(token_ids: torch.Tensor, batch: RaggedBatch) -> dict[str, Any]:
+    """What a model is called with, for one row of tokens [T]."""
+    return {"input_ids": token_ids[None], "position_ids": batch.positions[None], "use_cache": False}

@@ -1,0 +1,69 @@
+"""CUDA graphs: what a function launches, written down once and launched again by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Replay = Callable[[], None]
+"""Computes what was captured once more, from what the tensors that it reads hold by now."""
+
+
+class Capture(Protocol):
+    """Makes functions of tensors into something to replay."""
+
+    def __call__(self, function: Callable[[], None]) -> Replay:
+        """Run `function`, which leaves its results in tensors of its caller's, and write down what it launches.
+
+        It may be run several times, and its work may be done by none of them; whatever it reads and writes must
+        stay where it is for as long as the replay is used.
+
+        Raises:
+            RuntimeError: it does something that cannot be replayed, such as waiting for the device; or the device
+                has no memory left.
+        """
+        ...
+
+    @property
+    def in_use_nbytes(self) -> int:
+        """Memory of the device that is taken, by whomever."""
+        ...
+
+
+_NUM_WARM_UPS = 2
+"""Runs before a function is captured: libraries choose kernels, compile them and take their workspaces."""
+
+
+class CudaCapture:
+    """Captures on a stream of its own. All graphs take their memory from one pool, where each uses again what the
+    others have left: no two of them may be replayed at the same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Replay:
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(_NUM_WARM_UPS):
+                    function()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # Only this thread is held to what a capture allows: the mapper goes on beside it.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                function()
+        replay: Replay = graph.replay
+        return replay
+
+    @property
+    def in_use_nbytes(self) -> int:
+        torch.cuda.synchronize(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free
