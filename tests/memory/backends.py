@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tests.memory.fake_cuda import GRANULARITY, FakeCuda, fake_stream
+from tests.memory.fake_cuda import GRANULARITY, FakeCuda, FakeTorch
 from vattention.memory.cuda import CudaDriver
 from vattention.memory.driver import Driver, IntArray
 from vattention.memory.host import HostDriver
@@ -99,7 +99,7 @@ def _null(recycles: bool) -> Backend:
 
 def _fake_cuda() -> Backend:
     fake = FakeCuda(48 * GRANULARITY)
-    return Backend(CudaDriver(api=fake, stream=fake_stream), lambda: fake.used_nbytes, fake)
+    return Backend(CudaDriver(api=fake, torch_side=FakeTorch()), lambda: fake.used_nbytes, fake)
 
 
 BACKENDS: dict[str, Callable[[], Backend]] = {

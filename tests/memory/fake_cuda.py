@@ -14,6 +14,7 @@ from typing import Any
 from cuda.bindings import driver as real
 
 from vattention.memory import libc
+from vattention.memory.cuda_calls import TorchSide
 
 GRANULARITY = 2 * 2**20
 STREAM = 7
@@ -26,9 +27,18 @@ INVALID = real.CUresult.CUDA_ERROR_INVALID_VALUE
 OUT_OF_MEMORY = real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 
 
-def fake_stream() -> int:
-    """The calling thread's current one."""
-    return STREAM
+class FakeTorch(TorchSide):
+    """Torch on a fake GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.kept_nbytes = 0
+
+    def stream(self) -> int:
+        return STREAM
+
+    def idle_nbytes(self) -> int:
+        return self.kept_nbytes
 
 
 class FakeCuda:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.memory.backends import Backend
-from tests.memory.fake_cuda import GRANULARITY, OUT_OF_MEMORY, STREAM, FakeCuda, fake_stream
+from tests.memory.fake_cuda import GRANULARITY, OUT_OF_MEMORY, STREAM, FakeCuda, FakeTorch
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory.cuda import CudaDriver
 from vattention.memory.driver import IntArray
@@ -18,8 +18,8 @@ from vattention.memory.region import Region
 
 class Bench:
     def __init__(self) -> None:
-        self.fake = FakeCuda(16 * GRANULARITY)
-        self.driver = CudaDriver(api=self.fake, stream=fake_stream)
+        self.fake, self.torch = FakeCuda(16 * GRANULARITY), FakeTorch()
+        self.driver = CudaDriver(api=self.fake, torch_side=self.torch)
         self.backend = Backend(self.driver, lambda: self.fake.used_nbytes, self.fake)
         self.start = self.driver.reserve(32 * GRANULARITY)
 
@@ -74,13 +74,21 @@ def test_the_callers_context_is_left_as_it_was(bench: Bench) -> None:
 
 
 def test_some_memory_is_left_for_forward_passes(bench: Bench) -> None:
+    reserve = 16 * GRANULARITY // 20
     info = bench.driver.memory_info()
-    assert (info.available_nbytes, info.total_nbytes) == (
-        16 * GRANULARITY - 16 * GRANULARITY // 20,
-        16 * GRANULARITY,
-    )
+    assert (info.available_nbytes, info.total_nbytes) == (16 * GRANULARITY - reserve, 16 * GRANULARITY)
+    assert info.shortfall_nbytes == 0
     bench.backend.mapped(bench.start, range(16))
-    assert bench.driver.memory_info().available_nbytes == 0
+    info = bench.driver.memory_info()
+    assert (info.available_nbytes, info.shortfall_nbytes) == (0, reserve)
+
+
+def test_what_torch_keeps_is_left_for_forward_passes_already(bench: Bench) -> None:
+    bench.torch.kept_nbytes = 1000
+    reserve = 16 * GRANULARITY // 20 - 1000
+    assert bench.driver.memory_info().available_nbytes == 16 * GRANULARITY - reserve
+    bench.torch.kept_nbytes = 2 * GRANULARITY
+    assert bench.driver.memory_info().available_nbytes == 16 * GRANULARITY
 
 
 def test_shortage_says_what_there_was(bench: Bench) -> None:

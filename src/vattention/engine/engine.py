@@ -28,6 +28,7 @@ from vattention.engine.stats import EngineStatistics, Stats, StatsListener
 from vattention.engine.suspend import Suspender
 from vattention.errors import RequestError
 from vattention.kv.manager import KVManager
+from vattention.model.predictions import Predictions
 from vattention.model.proposals import Proposals, propose
 from vattention.model.sampler import prompt_logprobs, sample
 from vattention.model.tokenizer import Tokenizer
@@ -228,7 +229,7 @@ class LLMEngine:
             if sequence.request.metrics.first_scheduled_time is None:
                 sequence.request.metrics.first_scheduled_time = begun
         try:
-            predictions = self._parts.runner.predict(plan.chunks)
+            predictions = self._predict(plan)
             self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
             end = 0
             for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
@@ -270,6 +271,19 @@ class LLMEngine:
             sequence.append(token)
         self._retire([s for s in sampling if s.finish_reason is not None])
         return sampling + self._advance_beams(beams, proposals, now)
+
+    def _predict(self, plan: Plan) -> Predictions:
+        """The forward pass; where the device has too little memory left for it, once more after the cache has given
+        back what it can do without: others may take memory faster than the limit follows.
+        """
+        try:
+            return self._parts.runner.predict(plan.chunks)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a forward pass; the KV cache gives warm memory back: %s", error)
+        # Not while the error is handled, which holds on to what the first try had computed.
+        self.manager.drop_warm()
+        self.manager.refresh_limit()
+        return self._parts.runner.predict(plan.chunks)
 
     def _advance_beams(self, beams: list[Sequence], proposals: list[Proposals], now: float) -> list[Sequence]:
         """Let searches whose beams have all proposed go on; returns the beams that moved.

@@ -183,8 +183,8 @@ class PagedManager:
 
     def refresh_limit(self) -> None:
         if self._follows_machine:
-            available = self._driver.memory_info().available_nbytes
-            self.set_limit(self._pages.in_use_nbytes + self._pages.idle_nbytes + available)
+            change = self._driver.memory_info().change_nbytes
+            self.set_limit(max(self._pages.in_use_nbytes + self._pages.idle_nbytes + change, 0))
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self._max_len and self._nbytes(num_tokens) <= self._pages.limit_nbytes

@@ -183,8 +183,8 @@ class VirtualManager:
 
     def refresh_limit(self) -> None:
         if self._follows_machine:
-            available = self._driver.memory_info().available_nbytes
-            self.set_limit(self._pool.in_use_nbytes + self._pool.idle_nbytes + available)
+            change = self._driver.memory_info().change_nbytes
+            self.set_limit(max(self._pool.in_use_nbytes + self._pool.idle_nbytes + change, 0))
 
     def fits(self, num_tokens: int) -> bool:
         return num_tokens <= self.max_len and self._layout.sequence_nbytes(num_tokens) <= self._pool.limit_nbytes

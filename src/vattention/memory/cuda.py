@@ -10,15 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
-from vattention.memory.cuda_calls import CudaCalls, claim_context_for_torch, load_bindings, torchs_stream
+from vattention.memory.cuda_calls import CudaCalls, TorchSide, load_bindings
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
 from vattention.memory.runs import runs
 
@@ -36,7 +34,7 @@ class CudaDriver:
         device_index: as torch counts devices.
         page_nbytes: the device's granularity, 2 MiB as a rule and the default, times a power of two.
         api: used instead of `cuda.bindings.driver`.
-        stream: gives the calling thread's current stream; torch's by default.
+        torch_side: what torch does on the device; asked of torch by default.
 
     Raises:
         ConfigError: no such device, no bindings, no virtual memory management, or no such page size.
@@ -47,12 +45,13 @@ class CudaDriver:
         device_index: int = 0,
         page_nbytes: int | None = None,
         api: Any = None,
-        stream: Callable[[], int] | None = None,
+        torch_side: TorchSide | None = None,
     ) -> None:
         if api is None:
             api = load_bindings()
-            claim_context_for_torch(device_index)
-        self._stream = stream or partial(torchs_stream, device_index)
+            torch_side = TorchSide(device_index)
+            torch_side.claim_context()
+        self._torch = torch_side or TorchSide(device_index)
         self._calls = calls = CudaCalls(device_index, api)
         with ExitStack() as undo:
             undo.callback(calls.let_go)
@@ -104,7 +103,9 @@ class CudaDriver:
     def memory_info(self) -> MemoryInfo:
         with self._calls.context():
             free, total = self._calls.memory()
-        return MemoryInfo(max(free - total // _RESERVED_PART, 0), total)
+        # What torch keeps for its next tensors serves forward passes already.
+        spare = free - max(total // _RESERVED_PART - self._torch.idle_nbytes(), 0)
+        return MemoryInfo(max(spare, 0), total, max(-spare, 0))
 
     def reserve(self, nbytes: int) -> int:
         if nbytes <= 0 or nbytes % self._page_nbytes:
@@ -152,7 +153,7 @@ class CudaDriver:
         with self._calls.context(), ExitStack() as undo:
             # Kernels in flight may still use the pages, and cuMemUnmap waits for them only sometimes. Waiting for
             # the whole context would break off a graph that another thread is capturing.
-            self._calls("cuEventRecord", self._event, self._stream())
+            self._calls("cuEventRecord", self._event, self._torch.stream())
             self._calls("cuEventSynchronize", self._event)
             for start, count in runs(addresses, self._page_nbytes):
                 self._calls("cuMemUnmap", int(addresses[start]), count * self._page_nbytes)

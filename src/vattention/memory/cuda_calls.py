@@ -90,23 +90,38 @@ class CudaCalls:
         return DriverError(name, int(code), text.decode() if text else "unknown error")
 
 
-def claim_context_for_torch(device_index: int) -> None:
-    """Let torch make the device's primary context, which it then sets up the way it wants.
+class TorchSide:
+    """What torch does on a device beside us.
 
-    Raises:
-        ConfigError: torch sees no such device.
+    Args:
+        device_index: as torch counts devices.
     """
-    import torch
 
-    if device_index >= torch.cuda.device_count():
-        raise ConfigError(
-            f"torch sees {torch.cuda.device_count()} CUDA devices, so there is no cuda:{device_index}"
-        )
-    torch.cuda.synchronize(device_index)
+    def __init__(self, device_index: int) -> None:
+        self._index = device_index
 
+    def claim_context(self) -> None:
+        """Let torch make the device's primary context, which it then sets up the way it wants.
 
-def torchs_stream(device_index: int) -> int:
-    """The stream on which torch launches what the calling thread computes on a device."""
-    import torch
+        Raises:
+            ConfigError: torch sees no such device.
+        """
+        import torch
 
-    return int(torch.cuda.current_stream(device_index).cuda_stream)
+        if self._index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"torch sees {torch.cuda.device_count()} CUDA devices, so there is no cuda:{self._index}"
+            )
+        torch.cuda.synchronize(self._index)
+
+    def stream(self) -> int:
+        """The stream on which torch launches what the calling thread computes."""
+        import torch
+
+        return int(torch.cuda.current_stream(self._index).cuda_stream)
+
+    def idle_nbytes(self) -> int:
+        """Memory that torch holds without a tensor in it."""
+        import torch
+
+        return int(torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index))

@@ -59,10 +59,23 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class MemoryInfo:
-    """Physical memory of the driver's device, in bytes: what can be had now, and all there is."""
+    """Physical memory of the driver's device, in bytes.
+
+    Attributes:
+        available_nbytes: what can be had now.
+        total_nbytes: all there is.
+        shortfall_nbytes: what is wanting of the memory that must stay free, for forward passes: whoever follows the
+            device gives so much back.
+    """
 
     available_nbytes: int
     total_nbytes: int
+    shortfall_nbytes: int = 0
+
+    @property
+    def change_nbytes(self) -> int:
+        """By how much a cache that follows the device may grow, or has to shrink where it is negative."""
+        return self.available_nbytes - self.shortfall_nbytes
 
 
 class Driver(Protocol):
