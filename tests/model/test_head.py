@@ -11,6 +11,8 @@ from tests.model.architectures import ARCHITECTURES
 from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.linear import NativeLinear, PackedLinear
 from vattention.model.predictions import GivenLogits, Predictions
+from vattention.model.sampler import SampleRow, sample
+from vattention.sampling_params import SamplingParams
 
 needs_kernels = pytest.mark.skipif(
     not NativeLinear.available(torch.bfloat16), reason="no compiled kernels on this machine"
@@ -38,6 +40,25 @@ def test_the_likeliest_are_those_of_the_logits(dtype: torch.dtype, num_rows: int
     ids, largest = predictions.likeliest(rows)
     assert np.array_equal(largest, logits.amax(-1).numpy())
     assert np.array_equal(ids, logits.numpy().argmax(-1))
+
+
+@needs_kernels
+@pytest.mark.parametrize("screened", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 32])
+def test_samples_are_those_of_the_logits(num_rows: int, screened: bool) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    layer = NativeLinear.pack(torch.randn(5003, 64, generator=generator).bfloat16(), None)
+    if screened and not layer.screen():
+        pytest.skip("needs a processor with VNNI")
+    predictions = HiddenStates(torch.randn(num_rows, 64, generator=generator).bfloat16(), layer, Scratch())
+    given = GivenLogits(predictions.logits(range(num_rows)).clone())
+    for index in range(20):
+        temperatures = [(1.0, 0.0, 8.0, 1e3)[(index + i) % 4] for i in range(num_rows)]
+        rows = [
+            SampleRow(SamplingParams(temperature=temperature), i, [], [0] * index, frozenset())
+            for i, temperature in enumerate(temperatures)
+        ]
+        assert sample(predictions, range(num_rows), rows) == sample(given, range(num_rows), rows)
 
 
 @needs_kernels

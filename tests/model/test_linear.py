@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vattention import native
 from vattention.model import linear as subject
+from vattention.model.gumbel import noise_for
 from vattention.model.linear import (
     METHODS,
     LinearMethod,
@@ -24,6 +25,7 @@ from vattention.model.linear import (
     WideningLinear,
     fastest_method,
 )
+from vattention.native import Noise
 
 LIBRARY = f"_kernels{EXTENSION_SUFFIXES[0]}"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -146,12 +148,22 @@ class TestNative:
             packed(torch.ones(1, 4))
 
 
+def noises(num_rows: int) -> Iterator[Noise | None]:
+    """None, and noise at one temperature or at another one for each row."""
+    yield None
+    for temperatures in ((0.02,), (1.0,), (30.0,), (1e9,), (0.0, 1.0, 1e-3, 1e5)):
+        yield noise_for([(3, i, temperatures[i % len(temperatures)]) for i in range(num_rows)])
+
+
 def same_largest(weight: Tensor, x: Tensor) -> None:
     """The screened result is that of computing everything, to the bit."""
     plain, screened = NativeLinear.pack(weight, None), NativeLinear.pack(weight, None)
     assert screened.screen()
-    for own, expected in zip(screened.largest(x), plain.largest(x), strict=True):
-        np.testing.assert_array_equal(own, expected)
+    for noise in noises(len(x)):
+        assert screened._screen is not None
+        screened._screen._num_rests = 0
+        for own, expected in zip(screened.largest(x, noise), plain.largest(x, noise), strict=True):
+            np.testing.assert_array_equal(own, expected)
 
 
 def some_weights() -> Iterator[tuple[Tensor, Tensor]]:
@@ -196,6 +208,20 @@ class TestScreen:
         assert screened.screen()
         screened._panels.view(100, -1)[:50] = torch.nan
         assert screened.largest(weight[3000:3001])[0].tolist() == [3000]
+
+    @pytest.mark.parametrize("temperature", [1.0, 1e6])
+    def test_it_computes_few_panels_of_a_sample(self, temperature: float) -> None:
+        """Where noise decides, and where the product does: only panels near the winner's may be looked at."""
+        weight, x = torch.randn(32 * 100, 256).bfloat16(), torch.zeros(2, 256).bfloat16()
+        x[:] = weight[3000] if temperature == 1.0 else weight[3000] * 1e-3
+        screened = NativeLinear.pack(weight, None)
+        assert screened.screen()
+        noise = noise_for([(1, 2, temperature), (1, 3, temperature)])
+        columns, _ = screened.largest(x, noise)
+        panels = screened._panels.view(100, -1)
+        for panel in set(range(100)) - {column // 32 for column in columns.tolist()}:
+            panels[panel] = torch.nan
+        assert screened.largest(x, noise)[0].tolist() == columns.tolist()
 
     def test_only_plain_bfloat16(self) -> None:
         assert not NativeLinear.pack(torch.randn(64, 64), None).screen()

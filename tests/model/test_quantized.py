@@ -25,6 +25,7 @@ from tests.model.greedy import generate, greedy
 from vattention import native
 from vattention.model import quantized as subject
 from vattention.model.fused_layer import fuse_layers
+from vattention.model.gumbel import likeliest, noise_for
 from vattention.model.linear import PackedLinear
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
@@ -121,6 +122,10 @@ def test_the_largest_are_those_of_the_product(method: type[Int8Linear], dtype: t
     columns, values = packed.largest(x)
     assert np.array_equal(columns, logits.argmax(-1).numpy())
     assert np.array_equal(values, logits.amax(-1).numpy())
+    noise = noise_for([(7, i, (2.0, 0.0, 0.1)[i % 3]) for i in range(rows)])
+    sampled, noisy = packed.largest(x, noise), likeliest(logits, noise)
+    assert np.array_equal(sampled[0], noisy[0])
+    assert np.array_equal(sampled[1], noisy[1])
 
 
 @needs_kernels

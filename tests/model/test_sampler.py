@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.model.test_gumbel import exact_gumbel, hashed
 from vattention.errors import RequestError
 from vattention.model import draw as drawing
-from vattention.model.draw import uniform
+from vattention.model.gumbel import likeliest, noise_for
 from vattention.model.predictions import GivenLogits
 from vattention.model.sampler import SampledToken, SampleRow, prompt_logprobs, sample, validate
+from vattention.native import Largest, Noise
 from vattention.sampling_params import SamplingParams
 
 VOCAB = 60
@@ -104,7 +107,7 @@ PARAMETERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("params", PARAMETERS, ids=str)
 def test_draws_follow_the_exact_distribution(params: dict[str, Any]) -> None:
-    """Inverting the CDF at evenly spaced numbers gives each token its probability up to one part."""
+    """Each draw is the largest of the exact log-probabilities with the noise of its seed and position."""
     number_of_draws = 700
     for seed in range(2):
         logits = some_logits(seed)
@@ -112,15 +115,25 @@ def test_draws_follow_the_exact_distribution(params: dict[str, Any]) -> None:
         logits[30] = logits[31]  # a tie
         exact = reference(logits, row(**params))
         wanted = [row(i, **params) for i in range(number_of_draws)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("vattention.model.sampler.uniform", lambda s, _: (s + 0.5) / number_of_draws)
-            tokens = sampled(logits.expand(number_of_draws, -1), wanted)
-        counts = np.bincount([token.token_id for token in tokens], minlength=VOCAB)
-        assert not counts[exact == 0].any()
-        np.testing.assert_allclose(counts / number_of_draws, exact, atol=1.5 / number_of_draws)
+        tokens = np.array([token.token_id for token in sampled(logits.expand(number_of_draws, -1), wanted)])
+        with np.errstate(divide="ignore"):
+            noisy = np.log(exact) + noise_on(np.zeros(VOCAB), number_of_draws)
+        np.testing.assert_array_equal(tokens, noisy.argmax(-1))
 
 
-@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"top_k": 12, "temperature": 1.5}], ids=str)
+def noise_on(logits: NDArray[np.float64], number_of_draws: int) -> NDArray[np.float64]:
+    """[draws, V]: logits with the noise at a temperature of 1 of seeds from 0 on, after OUTPUT."""
+    noise = noise_for([(seed, len(OUTPUT), 1.0) for seed in range(number_of_draws)])
+    assert noise is not None
+    ids = np.arange(len(logits), dtype=np.uint64)
+    return np.stack([logits + exact_gumbel(hashed(int(key), ids)) for key in noise["key"]])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"temperature": 0.4}, {"temperature": 6.0}, {"top_p": 0.9}, {"top_k": 12, "temperature": 1.5}],
+    ids=str,
+)
 def test_seeds_sample_the_distribution(params: dict[str, Any]) -> None:
     """Pearson's chi-square over many seeds; 4.5 standard deviations above its mean would be a 1 in 10^5 event."""
     draws = 4000
@@ -135,13 +148,17 @@ def test_seeds_sample_the_distribution(params: dict[str, Any]) -> None:
     assert chi_square < freedom + 4.5 * math.sqrt(2 * freedom)
 
 
-def test_consecutive_draws_of_one_sequence_are_independent() -> None:
-    numbers = np.array([uniform(1234, index) for index in range(10_000)])
-    assert numbers.min() >= 0.0
-    assert numbers.max() < 1.0
-    assert abs(numbers.mean() - 0.5) < 0.015
-    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.05
-    assert abs(np.corrcoef(numbers, [uniform(1235, index) for index in range(10_000)])[0, 1]) < 0.05
+@pytest.mark.parametrize("step", ["seed", "token"])
+def test_consecutive_draws_are_independent(step: str) -> None:
+    """Of a sequence, and of a request's samples, whose seeds follow each other: all pairs are as frequent."""
+    vocab, pairs = 8, 4000
+    steps = range(pairs + 1)
+    rows = [row(i) for i in steps] if step == "seed" else [row(1234, output=[0] * i) for i in steps]
+    tokens = np.array([token.token_id for token in sampled(torch.zeros(1, vocab).expand(len(rows), -1), rows)])
+    expected = pairs / vocab**2
+    counts = np.bincount(tokens[:-1] * vocab + tokens[1:], minlength=vocab**2)
+    freedom = vocab**2 - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 4.5 * math.sqrt(2 * freedom)
 
 
 def test_a_sample_does_not_depend_on_the_batch() -> None:
@@ -191,13 +208,50 @@ def test_cuts_of_large_vocabularies(vocab: int, spread: float, bf16: bool) -> No
         np.testing.assert_array_equal(kept, np.sort(order[: len(kept)]))
 
 
-def test_inverting_never_hits_an_impossible_token() -> None:
-    weights = np.zeros(3000, np.float32)
-    weights[[700, 701, 2900]] = [1e-3, 1.0, 1e-30]
-    for number in (0.0, 1e-12, 0.5, 1 - 2**-53):
-        assert drawing._invert(weights, number) in (700, 701, 2900)
-    assert drawing._invert(weights, 0.0) == 700
-    assert drawing._invert(weights, 0.5) == 701
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.99}, {"temperature": 1e9}, {"temperature": 1e300}], ids=str)
+def test_impossible_tokens_are_never_drawn(params: dict[str, Any]) -> None:
+    logits = torch.full((3000,), -math.inf)
+    logits[[700, 701, 2900]] = torch.tensor([1.0, 3.0, -2.0])
+    tokens = {token.token_id for token in sampled(logits.expand(500, -1), [row(i, **params) for i in range(500)])}
+    assert tokens == {700, 701, 2900} - ({2900} if params == {"top_p": 0.99} else set())
+
+
+def test_the_way_to_a_token_does_not_change_it() -> None:
+    """Cuts that leave all tokens, a report, an adjustment of nothing: all compute logits, and draw the same."""
+    logits = torch.stack([some_logits(i, vocab=5000) for i in range(40)])
+    ways: list[dict[str, Any]] = [{}, {"top_k": 5000}, {"min_p": 1e-30}, {"logprobs": 0}, {"logit_bias": {3: 0.0}}]
+    for temperature in (0.3, 1.0, 40.0):
+        tokens = [sampled(logits, [row(i, temperature=temperature, **way) for i in range(40)]) for way in ways]
+        token_ids = [[token.token_id for token in own] for own in tokens]
+        assert token_ids == [token_ids[0]] * len(ways)
+
+
+class WithoutLogits(GivenLogits):
+    """Predictions whose logits nobody should ask for."""
+
+    def likeliest(self, rows: Sequence[int], noise: Noise | None = None) -> Largest:
+        return likeliest(super().logits(rows), noise)
+
+    def logits(self, rows: Sequence[int]) -> torch.Tensor:
+        raise AssertionError("logits were computed")
+
+
+def test_temperature_alone_needs_no_logits() -> None:
+    logits = torch.stack([some_logits(i, vocab=3000) for i in range(4)])
+    rows = [row(0), row(1, temperature=0.0), row(2, temperature=2.5), row(3, temperature=0.0)]
+    tokens = sample(WithoutLogits(logits), range(4), rows)
+    assert tokens == sampled(logits, rows)
+    assert [tokens[i].token_id for i in (1, 3)] == logits[[1, 3]].argmax(-1).tolist()
+    for params in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"logprobs": 1}, {"presence_penalty": 1.0}):
+        with pytest.raises(AssertionError, match="were computed"):
+            sample(WithoutLogits(logits), [0], [row(**params)])
+
+
+def test_near_zero_temperature_is_greedy() -> None:
+    logits = torch.stack([some_logits(i, vocab=3000) for i in range(50)])
+    for temperature in (1e-6, 1e-5, 1e-4):
+        tokens = sampled(logits, [row(i, temperature=temperature) for i in range(50)])
+        assert [token.token_id for token in tokens] == logits.argmax(-1).tolist()
 
 
 def test_greedy_takes_the_first_of_equals() -> None:

@@ -1,21 +1,23 @@
-"""One draw from one row of logits: cut the distribution to what the parameters leave, then invert its CDF.
+"""One draw from one row of logits: cut the distribution to what the parameters leave, then sample by Gumbel noise.
 
 A vocabulary may have 262,144 tokens, so the common case sorts only a fraction of it: the maxima of a few hundred
 blocks of logits yield a threshold above which at least as many tokens lie as are wanted. On a CPU, NumPy's
 vectorised passes over a row do all this several times faster than torch's `topk`, `sort` and `multinomial`.
 
-A cut depends on the row's values alone, with ties going to the smaller token id, and tokens are drawn in the order
-of their ids: how candidates were found cannot change a sample.
+A cut depends on the row's values alone, with ties going to the smaller token id: how candidates were found cannot
+change a sample.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from vattention.model.gumbel import likeliest
+from vattention.native import Noise
 from vattention.sampling_params import SamplingParams
 
 Row = NDArray[np.float32]
@@ -30,32 +32,29 @@ FIRST_CANDIDATES = 64
 """Tokens that the first try at a nucleus asks for."""
 
 
-def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) for the draw of a sequence's token `index`: a hash, so there is no state to lose."""
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return (int.from_bytes(digest) >> 11) * 2.0**-53
-
-
 def top(row: Row, count: int) -> Ids:
     """Ids of the `count` largest logits, largest first, the smaller id first among equals."""
     candidates = _candidates(row, count)
     return candidates[_descending(row[candidates])[:count]]
 
 
-def draw(row: Row, largest: float, params: SamplingParams, number: float) -> int:
+def draw(row: Row, largest: float, params: SamplingParams, noise: Noise | None) -> int:
     """Sample a token id.
 
     Args:
         row: [V] logits; -inf for impossible tokens.
         largest: the largest of them, finite.
         params: `temperature` above 0; then `min_p`, `top_k` and `top_p` cut, in this order.
-        number: in [0, 1), where the CDF is inverted.
+        noise: [1], the row's.
     """
     with np.errstate(over="ignore"):  # logits masked with the dtype's minimum; their weight is 0 all the same
         kept = _kept(row, largest, params)
-        weights = _weights(row if kept is None else row[kept], largest, params.temperature)
-    chosen = _invert(weights, number)
-    return chosen if kept is None else int(kept[chosen])
+    if kept is not None:
+        cut = np.full_like(row, -np.inf)
+        cut[kept] = row[kept]
+        row = cut
+    token_ids, _ = likeliest(torch.from_numpy(row)[None], noise)
+    return int(token_ids[0])
 
 
 def _kept(row: Row, largest: float, params: SamplingParams) -> Ids | None:
@@ -127,17 +126,3 @@ def _weights(logits: Row, largest: float, temperature: float) -> Row:
 
 def _block_sums(weights: Row) -> NDArray[np.float64]:
     return np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)).astype(np.float64)
-
-
-def _invert(weights: Row, number: float) -> int:
-    """The index at which the cumulative sum of `weights` first exceeds the share `number` of their total."""
-    sums = np.cumsum(_block_sums(weights))
-    target = number * sums[-1]
-    block = int(np.searchsorted(sums, target, side="right"))
-    start = block * BLOCK
-    inside = np.cumsum(weights[start : start + BLOCK], dtype=np.float64)
-    if block > 0:
-        target -= sums[block - 1]
-    # The blocks' sums are rounded differently; the last token with a weight takes what they have too much.
-    last = int(np.searchsorted(inside, inside[-1]))
-    return start + min(int(np.searchsorted(inside, target, side="right")), last)

@@ -1,8 +1,8 @@
 """From hidden states to next tokens: the output layer, the largest weight of a small model with a large vocabulary.
 
 Logits of 262,144 tokens and 32 sequences are 33 MB in float32, and fresh memory costs more than the numbers in it.
-So those that are wanted go to memory that is used again, and whoever asks for the likeliest tokens alone gets them
-without any logits in memory.
+So those that are wanted go to memory that is used again, and whoever asks for the likeliest tokens alone, or for
+samples, gets them without any logits in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vattention.model.linear import NativeLinear, PackedLinear
-from vattention.native import Largest
+from vattention.native import Largest, Noise
 
 _log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _KEPT_NUMBERS = 1 << 24
 """Most logits whose memory is kept for the next forward."""
 
 _SCREENED_NBYTES = 32 << 20
-"""Output layers from this size on, beyond most caches, are worth a copy in 8 bits that finds greedy tokens."""
+"""Output layers from this size on, beyond most caches, are worth a copy in 8 bits that finds next tokens."""
 
 
 class HiddenStates:
@@ -43,9 +43,9 @@ class HiddenStates:
             self._layer.write(self._hidden[list(rows)], y)
         return y
 
-    def likeliest(self, rows: Sequence[int]) -> Largest:
+    def likeliest(self, rows: Sequence[int], noise: Noise | None = None) -> Largest:
         everything = list(rows) == list(range(len(self)))
-        return self._layer.largest(self._hidden if everything else self._hidden[list(rows)])
+        return self._layer.largest(self._hidden if everything else self._hidden[list(rows)], noise)
 
 
 class Scratch:
@@ -93,5 +93,5 @@ def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
     if not same:
         return None
     if layer.nbytes >= _SCREENED_NBYTES and layer.screen():
-        _log.debug("the output layer is screened in 8 bits for greedy tokens")
+        _log.debug("the output layer is screened in 8 bits")
     return layer

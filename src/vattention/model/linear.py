@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vattention.native import Largest, LinearWeight, ScreenCopy, WeightFormat, kernels
+from vattention.native import Largest, LinearWeight, Noise, ScreenCopy, WeightFormat, kernels
 from vattention.native.huge import huge_empty
 
 COLUMNS = 32
@@ -214,14 +214,18 @@ class NativeLinear:
         if x.shape[0] > 0:
             self._kernels.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
 
-    def largest(self, x: Tensor) -> Largest:
-        """Each row's first largest output, NaN counting as largest: its index and its value before rounding."""
+    def largest(self, x: Tensor, noise: Noise | None = None) -> Largest:
+        """Each row's first largest output, NaN counting as largest: its index and its value before rounding.
+
+        Args:
+            noise: of each row, added before outputs are compared, and in the value.
+        """
         if x.shape[0] == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         x = x if x.stride(1) == 1 else x.contiguous()
         if self._screen is None or self._screen.take_rest():
-            return self._kernels.largest(self._native, x)
-        largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x)
+            return self._kernels.largest(self._native, x, noise)
+        largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x, noise)
         if not useful:
             self._screen.rest()
         return largest

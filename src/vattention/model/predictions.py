@@ -1,15 +1,14 @@
-"""What a forward pass foretells, for whoever chooses tokens: logits, or the likeliest tokens without them."""
+"""What a forward pass foretells, for whoever chooses tokens: logits, or the largest of them without the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-from vattention.native import Largest
+from vattention.model.gumbel import likeliest
+from vattention.native import Largest, Noise
 
 
 class Predictions(Protocol):
@@ -21,8 +20,12 @@ class Predictions(Protocol):
         """[len(rows), V] float32, to be read until the next call of this model's predictions."""
         ...
 
-    def likeliest(self, rows: Sequence[int]) -> Largest:
-        """The first largest logit of each row, NaN counting as largest: its index and its value."""
+    def likeliest(self, rows: Sequence[int], noise: Noise | None = None) -> Largest:
+        """The first largest logit of each row, NaN counting as largest: its index and its value.
+
+        Args:
+            noise: of each of `rows`, added before logits are compared, and in the value.
+        """
         ...
 
 
@@ -38,11 +41,5 @@ class GivenLogits:
     def logits(self, rows: Sequence[int]) -> Tensor:
         return self._logits if list(rows) == list(range(len(self))) else self._logits[list(rows)]
 
-    def likeliest(self, rows: Sequence[int]) -> Largest:
-        logits = self.logits(rows)
-        if logits.is_cuda:
-            largest, token_ids = logits.max(dim=-1)
-            return token_ids.cpu().numpy(), largest.cpu().numpy()
-        array: NDArray[np.float32] = logits.detach().numpy()
-        ids = array.argmax(axis=-1)  # several times faster than torch's on a CPU
-        return ids, array[np.arange(len(ids)), ids]
+    def likeliest(self, rows: Sequence[int], noise: Noise | None = None) -> Largest:
+        return likeliest(self.logits(rows), noise)

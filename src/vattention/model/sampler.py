@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from vattention.errors import RequestError, VAttentionError
-from vattention.model.draw import Row, draw, uniform
+from vattention.model.draw import Row, draw
+from vattention.model.gumbel import noise_for
 from vattention.model.logits import adjust, needs_adjustment
 from vattention.model.logprobs import token_logprobs
 from vattention.model.predictions import GivenLogits, Predictions
@@ -39,10 +40,17 @@ class SampleRow:
     end_token_ids: frozenset[int]
 
     @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the largest logit alone decides, and nothing is reported about it."""
+    def is_plain(self) -> bool:
+        """Whether the largest logit alone decides, or that with noise, and nothing is reported about it."""
         params = self.params
-        return params.greedy and params.num_logprobs is None and not self.is_adjusted
+        uncut = params.top_k <= 0 and params.top_p == 1.0 and params.min_p == 0.0
+        return (params.greedy or uncut) and params.num_logprobs is None and not self.is_adjusted
+
+    @property
+    def draw(self) -> tuple[int, int, float]:
+        """What its noise depends on: seed, number of tokens and temperature, 0 for greedy choice."""
+        params = self.params
+        return self.seed, len(self.output_token_ids), 0.0 if params.greedy else params.temperature
 
     @property
     def is_adjusted(self) -> bool:
@@ -74,11 +82,12 @@ def sample(predictions: Predictions, indices: Sequence[int], rows: Sequence[Samp
     """
     if not rows:
         return []
-    plain = [i for i, row in enumerate(rows) if row.is_plain_greedy]
-    others = [i for i, row in enumerate(rows) if not row.is_plain_greedy]
+    plain = [i for i, row in enumerate(rows) if row.is_plain]
+    others = [i for i, row in enumerate(rows) if not row.is_plain]
     chosen: dict[int, SampledToken] = {}
     if plain:
-        token_ids, largest = predictions.likeliest([indices[i] for i in plain])
+        noise = noise_for([rows[i].draw for i in plain])
+        token_ids, largest = predictions.likeliest([indices[i] for i in plain], noise)
         for i, token_id, value in zip(plain, token_ids.tolist(), largest.tolist(), strict=True):
             error = logits_error(value)
             chosen[i] = SampledToken(token_id) if error is None else SampledToken(-1, error=error)
@@ -135,7 +144,7 @@ def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: fl
             return SampledToken(-1, error=error)
     token_id = likeliest
     if not params.greedy:
-        token_id = draw(row, largest, params, uniform(wanted.seed, len(wanted.output_token_ids)))
+        token_id = draw(row, largest, params, noise_for([wanted.draw]))
     if params.num_logprobs is None:
         return SampledToken(token_id)
     report = token_logprobs(raw, token_id, params.num_logprobs)

@@ -28,6 +28,7 @@ from vattention.native.structures import (
     Batch,
     DecoderLayer,
     LinearWeight,
+    Noise,
     Norm,
     NormedHeads,
     Rotary,
@@ -45,6 +46,7 @@ __all__ = [
     "Kernels",
     "Largest",
     "LinearWeight",
+    "Noise",
     "Norm",
     "NormedHeads",
     "Rotation",
@@ -101,10 +103,11 @@ class Kernels:
         library = ctypes.CDLL(str(path))
         self._parallel = ctypes.cast(ctypes.CDLL(None).GOMP_parallel, c_void_p)
         self._linear = _function(library, "linear", c_int32, "ppqqpiip")
-        self._largest = _function(library, "largest", c_int32, "ppqpqqppip")
+        self._largest = _function(library, "largest", c_int32, "ppqpqqpppip")
+        self._largest_of = _function(library, "largest_of", c_int32, "pqqqpppip")
         self.can_screen = bool(_function(library, "can_screen", c_int32, "")())
         self._screen_pack = _function(library, "screen_pack", c_int32, "ppip")
-        self._screened_largest = _function(library, "screened_largest", c_int32, "pppqqppip")
+        self._screened_largest = _function(library, "screened_largest", c_int32, "pppqqpppip")
         self._rms_norm = _function(library, "rms_norm", None, "pppqqfiip")
         self._rotate = _function(library, "rotate", None, "ppppqip")
         self._gate = _function(library, "gate", None, "ppqqffiip")
@@ -135,27 +138,44 @@ class Kernels:
         if status != 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
 
-    def largest(self, weight: LinearWeight, x: Tensor) -> Largest:
+    def largest(self, weight: LinearWeight, x: Tensor, noise: Noise | None = None) -> Largest:
         """Each row's first largest number of x[rows, in] W^T + b, NaN counting as largest: its column and itself.
 
-        x has one row or more, each contiguous.
+        Args:
+            x: one row or more, each contiguous.
+            noise: of each row, added to its numbers before they are compared.
         """
-        largest, _ = self._find_largest(self._largest, (ctypes.addressof(weight), None, 0), x)
+        largest, _ = self._find_largest(self._largest, (ctypes.addressof(weight), None, 0), x, (x.shape[0],), noise)
         return largest
 
-    def screened_largest(self, weight: LinearWeight, screen: ScreenCopy, x: Tensor) -> tuple[Largest, bool]:
+    def screened_largest(
+        self, weight: LinearWeight, screen: ScreenCopy, x: Tensor, noise: Noise | None = None
+    ) -> tuple[Largest, bool]:
         """The same by way of the weight's screen, without a bias; and whether the screen spared any work."""
         addresses = ctypes.addressof(screen), ctypes.addressof(weight)
-        largest, status = self._find_largest(self._screened_largest, addresses, x)
+        largest, status = self._find_largest(self._screened_largest, addresses, x, (x.shape[0],), noise)
         return largest, status == 0
 
-    def _find_largest(self, call: Callable[..., int], first: tuple[Any, ...], x: Tensor) -> tuple[Largest, int]:
+    def largest_of(self, y: Tensor, noise: Noise | None = None) -> Largest:
+        """The same of numbers that are there: float32 y[rows, columns], each row contiguous."""
+        largest, _ = self._find_largest(self._largest_of, (), y, y.shape, noise)
+        return largest
+
+    def _find_largest(
+        self,
+        call: Callable[..., int],
+        first: tuple[Any, ...],
+        x: Tensor,
+        shape: tuple[int, ...],
+        noise: Noise | None,
+    ) -> tuple[Largest, int]:
         columns, values = np.empty(x.shape[0], np.int64), np.empty(x.shape[0], np.float32)
         status = call(
             *first,
             x.data_ptr(),
             x.stride(0),
-            x.shape[0],
+            *shape,
+            None if noise is None else noise.ctypes.data,
             columns.ctypes.data,
             values.ctypes.data,
             torch.get_num_threads(),

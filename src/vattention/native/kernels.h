@@ -41,6 +41,12 @@ typedef struct {
     int64_t num_steps; /* a multiple of 16 */
 } vattention_screen;
 
+/* Gumbel noise on a row of numbers, as gumbel.h describes it. */
+typedef struct {
+    uint64_t key;
+    float temperature; /* or 0 for none */
+} vattention_noise;
+
 /* What a layer's attention computes. */
 typedef struct {
     int64_t num_heads, num_kv_heads, key_dim, value_dim;
@@ -134,8 +140,8 @@ int32_t vattention_tall(const vattention_weight *weight, const void *x, int64_t 
                         int32_t y_dtype, const vattention_gating *gating, int32_t num_threads, parallel_fn parallel);
 
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
-                           int64_t x_stride, int64_t num_rows, int64_t *columns, float *values, int32_t num_threads,
-                           parallel_fn parallel);
+                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns, float *values,
+                           int32_t num_threads, parallel_fn parallel);
 
 /* Which instructions multiply bfloat16 here: 0 none, 1 pairs, 2 matrix tiles. A thread that uses those itself begins,
  * for so many rows of at most 32, and ends. */

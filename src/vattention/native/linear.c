@@ -12,6 +12,7 @@
  */
 #define _GNU_SOURCE
 #include "kernels.h"
+#include "largest.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -178,12 +179,6 @@ static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows
     return weight->format == PLAIN ? best.bfloat16 : best.float32;
 }
 
-/* The first largest number of a row, NaN counting as largest; column is -1 before there is one. */
-typedef struct {
-    int64_t column;
-    float value;
-} best_column;
-
 typedef struct {
     const vattention_weight *weight;
     const void *x;
@@ -195,7 +190,8 @@ typedef struct {
     int unpacks; /* a quantized panel, to multiply it */
     int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
     const tile_set *set;
-    best_column *winners; /* [threads, num_rows], or NULL where y is wanted */
+    vattention_best *winners; /* [threads, num_rows], or NULL where y is wanted */
+    const vattention_noise *noise; /* of each row, or NULL */
     const int32_t *panels; /* those to compute, or NULL for all */
     int64_t num_panels;
     int64_t next_thread, next_item; /* taken atomically */
@@ -281,29 +277,6 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
     }
 }
 
-static int larger(float a, float b) { return a > b || (a != a && b == b); }
-
-/* Lets the numbers of y[rows, columns], which follow column `first` of the result, compete. */
-static void compete(best_column *winners, const float *y, int64_t stride, int64_t rows, int64_t first, int64_t columns) {
-    for (int64_t m = 0; m < rows; m++, y += stride) {
-        float most = y[0];
-        int nan = 0;
-        for (int64_t i = 0; i < columns; i++) {
-            most = y[i] > most ? y[i] : most;
-            nan |= y[i] != y[i];
-        }
-        best_column *winner = &winners[m];
-        if (!nan && winner->column >= 0 && !larger(most, winner->value)) {
-            continue;
-        }
-        for (int64_t i = 0; i < columns; i++) {
-            if (winner->column < 0 || larger(y[i], winner->value)) {
-                *winner = (best_column){first + i, y[i]};
-            }
-        }
-    }
-}
-
 /* A thread's share: items, each a block of rows times a group of panels, until none is left. Threads that run
  * late, because other processes hold their cores, take fewer. */
 static void work(void *argument) {
@@ -336,8 +309,9 @@ static void work(void *argument) {
             const int64_t panel = j->panels ? j->panels[i] : i, column = panel * COLUMNS;
             if (part) {
                 panel_times(j, first, rows, panel, x, unpacked, (char *)part, &configured);
-                compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, column,
-                        num_out - column < COLUMNS ? num_out - column : COLUMNS);
+                vattention_compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, column,
+                                   num_out - column < COLUMNS ? num_out - column : COLUMNS,
+                                   j->noise ? j->noise + first : NULL);
             } else {
                 panel_times(j, first, rows, panel, x, unpacked, (char *)j->y + (first * num_out + column) * y_element,
                             &configured);
@@ -407,38 +381,22 @@ int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_
 
 /* Each row's first largest number of y = x W^T + b, NaN counting as largest: its column, and itself in float32.
  *
- * `panels` are the numbers of those in which to look, in ascending order, or NULL for all. y is never whole in memory.
+ * `noise` is one for each row, added before, or NULL. `panels` are the numbers of those in which to look, in ascending order, or NULL for all. y is never whole in memory.
  * Otherwise as above. */
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
-                           int64_t x_stride, int64_t num_rows, int64_t *columns, float *values, int32_t num_threads,
-                           parallel_fn parallel) {
-    job j = {.weight = weight, .x = x, .y_stride = COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride};
+                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns, float *values,
+                           int32_t num_threads, parallel_fn parallel) {
+    job j = {.weight = weight, .x = x, .y_stride = COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride, .noise = noise};
     j.num_rows = num_rows;
     j.panels = panels;
     j.num_panels = num_panels;
-    j.winners = malloc((size_t)(num_threads * num_rows) * sizeof(best_column));
+    j.winners = vattention_no_winners(num_threads * num_rows);
     if (j.winners == NULL) {
         return -1;
     }
-    for (int64_t i = 0; i < num_threads * num_rows; i++) {
-        j.winners[i].column = -1;
-    }
     const int32_t status = run(&j, num_threads, parallel);
-    for (int64_t m = 0; status == 0 && m < num_rows; m++) {
-        best_column best_of_all = {.column = -1};
-        for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {
-            const best_column *own = &j.winners[i];
-            if (own->column < 0) {
-                continue;
-            }
-            const int smaller = best_of_all.column >= 0 && larger(best_of_all.value, own->value);
-            if (best_of_all.column < 0 || larger(own->value, best_of_all.value) ||
-                (!smaller && own->column < best_of_all.column)) {
-                best_of_all = *own;
-            }
-        }
-        columns[m] = best_of_all.column;
-        values[m] = best_of_all.value;
+    if (status == 0) {
+        vattention_agree(j.winners, num_threads, num_rows, columns, values);
     }
     free(j.winners);
     return status;

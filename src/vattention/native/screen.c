@@ -266,8 +266,8 @@ int32_t vattention_screen_pack(const vattention_screen *screen, const vattention
 /* The same as `vattention_largest` of the weight that the screen was made from, without a bias. Returns 1 where so many
  * candidates were left that everything was computed. */
 int32_t vattention_screened_largest(const vattention_screen *screen, const vattention_weight *weight, const void *x,
-                                    int64_t x_stride, int64_t num_rows, int64_t *columns, float *values,
-                                    int32_t num_threads, parallel_fn parallel) {
+                                    int64_t x_stride, int64_t num_rows, const vattention_noise *noise,
+                                    int64_t *columns, float *values, int32_t num_threads, parallel_fn parallel) {
     const int32_t *candidates = NULL;
     int64_t num_candidates = 0;
     (void)screen;
@@ -285,6 +285,7 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
     float *upper = lower + num_threads * num_rows;
     int32_t *found = (int32_t *)(upper + num_rows * num_panels);
     screening j = {.screen = screen, .by_vectors = by_vectors, .by_tiles = by_tiles, .rows = rows, .num_rows = num_rows};
+    j.noise = noise;
     j.factors = factors;
     j.norms = norms;
     j.num_panels = num_panels;
@@ -321,8 +322,8 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
         candidates = num_candidates < num_panels / WORTHWHILE ? found : NULL;
     }
 #endif
-    const int32_t status = vattention_largest(weight, candidates, num_candidates, x, x_stride, num_rows, columns, values,
-                                              num_threads, parallel);
+    const int32_t status = vattention_largest(weight, candidates, num_candidates, x, x_stride, num_rows, noise, columns,
+                                              values, num_threads, parallel);
 #ifdef HAVE_SCREEN
     free(memory);
 #endif

@@ -18,6 +18,11 @@
 #define SCREEN_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8,avx2,fma")))
 
+#define SET screen
+#define LANES 16
+#define TARGET SCREEN_TARGET
+#include "gumbel.h"
+
 /* Steps of the inner dimension that one instruction takes at once. */
 enum { STEP = 4 };
 /* Rows of x taken together: by matrix tiles and by vectors. */
@@ -36,27 +41,49 @@ struct screening {
     screen_fn by_vectors, by_tiles;
     const int8_t *rows; /* [2 * num_rows, 4 * steps]: a row's upper bytes, then its lower ones */
     const float *factors, *norms;
+    const vattention_noise *noise; /* of each row, or NULL */
     int64_t num_rows, num_panels, panels_each;
     float *upper; /* [num_rows, num_panels] */
     float *lower; /* [threads, num_rows] */
     int64_t next_thread, next_item; /* taken atomically */
 };
 
-/* One row's bounds in one panel, from its products and what they may be off by. */
+/* One row's bounds in one panel, from its products and what they may be off by. Rounding keeps order, so those of a product
+ * are also its bounds after noise is added to all of them. */
 SCREEN_TARGET INLINE void bound(const screening *s, int64_t row, int64_t panel, const __m512 *value, const __m512 *error,
                                 float *lower) {
     const int64_t left = s->screen->num_out - panel * COLUMNS;
     const __mmask32 exists = left >= COLUMNS ? 0xffffffffu : (1u << left) - 1;
-    float most = -INFINITY;
+    const vattention_noise *noise = s->noise && s->noise[row].temperature > 0.0f ? &s->noise[row] : NULL;
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    float *upper = &s->upper[row * s->num_panels + panel];
+    __m512 high[2], low[2];
     for (int half = 0; half < 2; half++) {
         const __mmask16 mask = (__mmask16)(exists >> (half * HALF));
-        const float above = _mm512_mask_reduce_max_ps(mask, _mm512_add_ps(value[half], error[half]));
-        const float below = _mm512_mask_reduce_max_ps(mask, _mm512_sub_ps(value[half], error[half]));
-        /* NaN is no bound, and keeps the panel. */
-        most = above <= most ? most : above;
+        high[half] = _mm512_mask_add_ps(none, mask, value[half], error[half]);
+        low[half] = _mm512_mask_sub_ps(none, mask, value[half], error[half]);
+    }
+    *upper = _mm512_reduce_max_ps(_mm512_max_ps(high[0], high[1]));
+    if (noise) {
+        const int32_t zeros = gumbel_zeros(*upper, lower[row], noise->temperature);
+        const __m512i left_of_zeros = _mm512_set1_epi32((int32_t)(UINT64_C(0xffffffff) >> zeros));
+        const hashes_screen hash[2] = {hash_screen(noise, panel * COLUMNS), hash_screen(noise, panel * COLUMNS + HALF)};
+        if (zeros == GUMBEL_ZEROS || !(_mm512_cmple_epu32_mask((__m512i)hash[0], left_of_zeros) |
+                                       _mm512_cmple_epu32_mask((__m512i)hash[1], left_of_zeros))) {
+            *upper = -INFINITY;
+            return;
+        }
+        for (int half = 0; half < 2; half++) {
+            const __m512 own = (__m512)noise_screen(noise, hash[half]);
+            high[half] = _mm512_add_ps(high[half], own);
+            low[half] = _mm512_add_ps(low[half], own);
+        }
+        *upper = _mm512_reduce_max_ps(_mm512_max_ps(high[0], high[1]));
+    }
+    if (!(*upper <= lower[row])) {
+        const float below = _mm512_reduce_max_ps(_mm512_max_ps(low[0], low[1]));
         lower[row] = below > lower[row] ? below : lower[row];
     }
-    s->upper[row * s->num_panels + panel] = most;
 }
 #endif
 

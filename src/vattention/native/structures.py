@@ -6,7 +6,9 @@ import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -46,6 +48,13 @@ class LinearWeight(ctypes.Structure):
         """Panels, and a float32 bias padded to whole panels; x is of `dtype`."""
         bias_address = None if bias is None else bias.data_ptr()
         return cls(packed.data_ptr(), bias_address, num_out, num_in, DTYPES[dtype], form)
+
+
+NOISE = np.dtype([("key", np.uint64), ("temperature", np.float32)], align=True)
+"""`vattention_noise` of kernels.h: what noise a row of numbers gets; none at temperature 0."""
+
+Noise = NDArray[np.void]
+"""[rows] of `NOISE`."""
 
 
 class ScreenCopy(ctypes.Structure):

@@ -37,7 +37,9 @@ class Alike:
         """[len(rows), V] float32."""
         return torch.zeros(len(rows), VOCAB_SIZE)
 
-    def likeliest(self, rows: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def likeliest(
+        self, rows: Sequence[int], noise: NDArray[np.void] | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Token 0, for each row."""
         return np.zeros(len(rows), np.int64), np.zeros(len(rows), np.float32)
 
