@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import kernels, memory, steps, traces
+from benchmarks.gpu import compiled, kernels, memory, overlap, steps, traces
 from benchmarks.gpu.machine import Machine, Table
 from benchmarks.mapping import surroundings
 
@@ -29,10 +29,12 @@ PARTS: dict[str, Callable[[Machine], Table]] = {
     "driver": memory.driver,
     "kernels": kernels.measure,
     "decode": steps.decode,
+    "overlap": overlap.overlap,
     "prefill": steps.prefill,
     "swap": memory.swapping,
     "prefix": traces.prefix,
     "serving": traces.serving,
+    "compile": compiled.compiled,
 }
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 
 import torch
 
 from benchmarks.gpu.machine import GRAPH_COPIES_NBYTES, Machine, Table
+from vattention.attention.fixed_batch import fixed_batch
 from vattention.attention.kernel import RaggedBatch
 from vattention.attention.registry import KERNELS
 from vattention.core import AttentionSpec, Chunk
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
+from vattention.model.decode_graphs import key_bounds
 
 SPEC = AttentionSpec(32, 8, 128, 128, 128**-0.5)
 """Llama 3 8B's layers."""
@@ -43,6 +45,7 @@ def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, o
     keys, values = (torch.empty(shape, dtype=machine.dtype, device=machine.device).normal_() for _ in "kv")
     query = torch.randn(num_seqs, SPEC.num_heads, SPEC.key_dim, dtype=machine.dtype, device=machine.device)
     times: dict[str, float] = {}
+    fixed: dict[str, float] = {}
     failed: dict[str, str] = {}
     for label, view in _views(keys, values):
         for name, kernel in KERNELS.items():
@@ -52,6 +55,8 @@ def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, o
                 continue
             try:
                 times[f"{name}{label}"] = _time(machine, name, view, query, copies)
+                if isinstance(view, LayerView) and kernel.uncapturable is None:
+                    fixed[name] = _time(machine, name, view, query, copies, _any_length)
             except Exception as error:  # one kernel's trouble is a finding, and the others are to be measured
                 failed[f"{name}{label}"] = repr(error)
     slots = {name: s for name, s in times.items() if " of " not in name}
@@ -65,10 +70,12 @@ def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, o
             "slots, µs": slots[slot] * 1e6,
             "GB/s": nbytes / slots[slot] / 1e9,
             "of copy": nbytes / slots[slot] / machine.copy_nbytes_per_s,
+            "in graphs, µs": fixed[slot] * 1e6 if slot in fixed else None,
             "blocks": block,
             "blocks, µs": blocks[block] * 1e6,
             "slots ÷ blocks": slots[slot] / blocks[block],
             "times, µs": {name: s * 1e6 for name, s in times.items()},
+            "times in graphs, µs": {name: s * 1e6 for name, s in fixed.items()},
             "failed": failed,
         }
 
@@ -84,7 +91,20 @@ def _views(keys: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[str, Cach
         yield f" of {size}", PagedLayerView(keys.view(in_blocks), values.view(in_blocks), tables)
 
 
-def _time(machine: Machine, name: str, view: CacheView, query: torch.Tensor, copies: int) -> float:
+def _any_length(batch: RaggedBatch, longest: int) -> RaggedBatch:
+    """The same batch as decode graphs have it: sequences may be longer, as long as one graph serves."""
+    bound = next(bound for bound in key_bounds(1 << 30) if bound >= longest)
+    return fixed_batch(batch.slots, batch.positions, bound, {None})
+
+
+def _time(
+    machine: Machine,
+    name: str,
+    view: CacheView,
+    query: torch.Tensor,
+    copies: int,
+    change: Callable[[RaggedBatch, int], RaggedBatch] = lambda batch, _: batch,
+) -> float:
     num_seqs, last = len(query), _context(view) - 1
     batches = [
         RaggedBatch.of([Chunk(copy * num_seqs + i, last, [0], 0) for i in range(num_seqs)], machine.device)
@@ -94,6 +114,7 @@ def _time(machine: Machine, name: str, view: CacheView, query: torch.Tensor, cop
     def call(batch: RaggedBatch) -> torch.Tensor:
         return KERNELS[name](query, view, batch, SPEC, None)
 
+    batches = [change(batch, last + 1) for batch in batches]
     with torch.inference_mode():
         return machine.seconds_each([partial(call, batch) for batch in batches])
 

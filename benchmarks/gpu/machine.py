@@ -10,6 +10,8 @@ from functools import cached_property
 
 import torch
 
+from vattention.model.cuda_graphs import Capture, CudaCapture
+
 GRAPH_COPIES_NBYTES = 256 * 2**20
 """What calls go over by turns: more than a GPU's last level of cache holds."""
 
@@ -61,6 +63,10 @@ class Machine:
             return 2**30
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def capture(self) -> Capture | None:
+        """Makes graphs, where there are any."""
+        return CudaCapture(self.device) if self.is_gpu else None
 
     def wait(self) -> None:
         """Until the device has computed all it was told to."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
@@ -15,6 +15,7 @@ from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager
 from vattention.kv.manager import KVManager
+from vattention.model.decode_graphs import CaptureReport
 from vattention.model.probe import probe
 from vattention.model.rope import fix_rope
 from vattention.model.runner import ModelRunner
@@ -65,12 +66,13 @@ def random_model(shape: str, machine: Machine) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Served:
-    """A model over a cache of its own."""
+    """A model over a cache of its own, and what capturing its decode steps took."""
 
     model: PreTrainedModel
     manager: KVManager
     runner: ModelRunner
     parts: Parts
+    captured: CaptureReport | None
 
     @property
     def weights_nbytes(self) -> int:
@@ -92,10 +94,21 @@ def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_l
     fix_rope(model, max_len)
     attention = probe(model)
     specs = attention.cache_specs
-    manager = create_manager(config, specs, dtype=machine.dtype, device=str(machine.device), max_len=max_len)
+    capture = None if config.enforce_eager else machine.capture()
+    manager = create_manager(
+        config if capture is None else replace(config, max_num_seqs=config.max_num_seqs + 1),
+        specs,
+        dtype=machine.dtype,
+        device=str(machine.device),
+        max_len=max_len,
+    )
     try:
         runner = ModelRunner(model, attention, manager, config.attention)
+        captured = None
         try:
+            if capture is not None and runner.uncapturable is None:
+                captured = runner.capture(capture)
+                manager.refresh_limit()
             parts = Parts(
                 name=config.model,
                 manager=manager,
@@ -107,7 +120,7 @@ def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_l
                 default_sampling={},
                 cache_specs=specs,
             )
-            yield Served(model, manager, runner, parts)
+            yield Served(model, manager, runner, parts, captured)
         finally:
             runner.close()
     finally:

@@ -14,7 +14,7 @@ NUM_STEPS = 10
 
 
 def decode(machine: Machine) -> Table:
-    """All sequences with the same context, both layouts, greedy."""
+    """All sequences with the same context, both layouts, greedy, by graphs and launched kernel by kernel."""
     batches, context = ((1, 4), 64) if machine.tiny else ((1, 8, 32, 128, 256), 1024)
     rows: list[dict[str, object]] = []
     for shape in (QWEN, LLAMA):
@@ -22,8 +22,13 @@ def decode(machine: Machine) -> Table:
         for layout in LAYOUTS:
             config = configured(machine, max_num_seqs=max(batches), kv_layout=layout)
             with served(machine, model, config, context + 2 * NUM_STEPS) as running:
+                replayed = {}
+                if running.captured is not None:
+                    replayed = {batch: step_seconds(machine, running, batch, context) for batch in batches}
+                    running.runner.launch_eagerly()
                 for batch in batches:
-                    seconds = _step(machine, running, batch, context)
+                    launched = step_seconds(machine, running, batch, context)
+                    seconds = replayed.get(batch, launched)
                     nbytes = running.weights_nbytes + batch * context * running.token_nbytes
                     least = nbytes / machine.copy_nbytes_per_s
                     rows.append(
@@ -33,34 +38,45 @@ def decode(machine: Machine) -> Table:
                             "kernel": running.runner.kernels[0],
                             "batch": batch,
                             "step, ms": seconds * 1e3,
+                            "without graphs, ms": launched * 1e3,
+                            "without ÷ with": launched / replayed[batch] if replayed else None,
                             "tokens/s": batch / seconds,
                             "GB": nbytes / 1e9,
                             "of copy": least / seconds,
+                            "graphs": running.captured.num_graphs if running.captured else 0,
+                            "graphs, s": running.captured.elapsed_s if running.captured else None,
+                            "graphs, MiB": running.captured.nbytes / 2**20 if running.captured else None,
                         }
                     )
         del model, running
     return Table(f"Decode step at {context:,} tokens: at least 0.6 of copy bandwidth from batch 32 on", rows)
 
 
-def _step(machine: Machine, running: Served, batch: int, context: int) -> float:
-    slots = [running.manager.take((), max_tokens=context + NUM_STEPS).slot for _ in range(batch)]
-    for slot in slots:
-        running.manager.ensure(slot, 0, context)
-        for run in running.manager.runs(slot, context):
-            run.view(machine.dtype).normal_()
+def step_seconds(machine: Machine, running: Served, batch: int, context: int) -> float:
+    """Median of some decode steps from `context` tokens on."""
+    slots = [begin(machine, running, context, context + NUM_STEPS) for _ in range(batch)]
     samples = []
     for position in range(context, context + NUM_STEPS):
         machine.wait()
-        begin = time.perf_counter()
+        began = time.perf_counter()
         for slot in slots:
             running.manager.ensure(slot, position, position + 1)
         predictions = running.runner.predict([Chunk(slot, position, [1], 1) for slot in slots])
         predictions.likeliest(range(batch))
         machine.wait()
-        samples.append(time.perf_counter() - begin)
+        samples.append(time.perf_counter() - began)
     for slot in slots:
         running.manager.release(slot)
     return statistics.median(samples[2:])
+
+
+def begin(machine: Machine, running: Served, num_tokens: int, max_tokens: int) -> int:
+    """A slot with so many tokens' keys and values, all of them random."""
+    slot = running.manager.take((), max_tokens=max_tokens).slot
+    running.manager.ensure(slot, 0, num_tokens)
+    for run in running.manager.runs(slot, num_tokens):
+        run.view(machine.dtype).normal_()
+    return slot
 
 
 def prefill(machine: Machine) -> Table:

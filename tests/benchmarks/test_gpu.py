@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import steps
 from benchmarks.gpu.machine import Machine, Table
+from tests.model.fake_graphs import DeviceKernel, FakeCapture
+from vattention.attention import registry
+from vattention.kv.manager import LayerView
 
 
 def test_every_part_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +27,18 @@ def test_every_part_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert part["rows"], name
         assert f"### {part['title']}" in printed
         assert not any(row.get("failed") for row in part["rows"])
+
+
+def test_steps_by_graphs_are_measured_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = FakeCapture()
+    kernel = DeviceKernel(LayerView, graphs.opaque)
+    monkeypatch.setattr(registry, "KERNELS", MappingProxyType({"device": kernel} | dict(registry.KERNELS)))
+    monkeypatch.setattr(Machine, "capture", lambda machine: graphs)
+    table = steps.decode(Machine("cpu", tiny=True))
+    assert graphs.num_replays == 4 * (1 + 1) * steps.NUM_STEPS
+    for row in table.rows:
+        assert row["graphs"] == 3
+        assert row["without ÷ with"] == pytest.approx(row["without graphs, ms"] / row["step, ms"])  # type: ignore[operator]
 
 
 def fails(machine: Machine) -> Table:

@@ -46,7 +46,7 @@ class FakeCapture:
 
     in_use_nbytes = 0
 
-    def __call__(self, function: Callable[[], None]) -> Replay:
+    def __call__(self, function: Callable[[], object]) -> Replay:
         function()
         if self.fails is not None:
             raise self.fails

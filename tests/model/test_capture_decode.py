@@ -87,7 +87,7 @@ class Forgetful:
     def __init__(self, inner: FakeCapture) -> None:
         self._inner = inner
 
-    def __call__(self, function: Callable[[], None]) -> Replay:
+    def __call__(self, function: Callable[[], object]) -> Replay:
         self._inner(function)
         return lambda: None
 

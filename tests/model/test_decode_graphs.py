@@ -121,7 +121,9 @@ def test_replays_compute_what_launches_do(architecture: str, kv: str, graphs: Fa
 @pytest.fixture
 def rig(graphs: FakeCapture) -> Iterator[Rig]:
     rig = Rig("llama", "dense")
-    rig.runner.capture(graphs)
+    report = rig.runner.capture(graphs)
+    assert report.num_graphs == 4
+    assert report.elapsed_s > 0
     yield rig
     rig.close()
 

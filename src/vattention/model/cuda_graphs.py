@@ -14,7 +14,7 @@ Replay = Callable[[], None]
 class Capture(Protocol):
     """Makes functions of tensors into something to replay."""
 
-    def __call__(self, function: Callable[[], None]) -> Replay:
+    def __call__(self, function: Callable[[], object]) -> Replay:
         """Run `function`, which leaves its results in tensors of its caller's, and write down what it launches.
 
         It may be run several times, and its work may be done by none of them; whatever it reads and writes must
@@ -47,7 +47,7 @@ class CudaCapture:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], None]) -> Replay:
+    def __call__(self, function: Callable[[], object]) -> Replay:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(current)

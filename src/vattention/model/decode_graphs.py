@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -34,6 +35,15 @@ up to 2,048 tokens there is another graph than for up to 16,384 and so on, lest 
 
 Forward = Callable[[torch.Tensor, RaggedBatch], torch.Tensor]
 """Token ids [B] of a batch, to logits [B, V] in the model's type."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureReport:
+    """What capturing graphs took: `num_graphs` of them, time and the device's memory."""
+
+    num_graphs: int
+    elapsed_s: float
+    nbytes: int
 
 
 class DecodeGraphs:
@@ -81,23 +91,21 @@ class DecodeGraphs:
         self._replays: dict[tuple[int, int], Replay] = {}
         self._gave_up = False
 
-    @property
-    def num_captured(self) -> int:
-        return len(self._replays)
-
-    def warm_up(self) -> None:
+    def warm_up(self) -> CaptureReport:
         """Capture graphs for short sequences: the largest batch first, whose memory the others use again."""
         begin, before = time.perf_counter(), self._capture.in_use_nbytes
         for size in reversed(self._sizes):
             self._replay(size, self._bounds[0])
-        if not self._gave_up:
-            _log.info(
-                "CUDA graphs: %d, for decode steps of up to %d sequences, in %.1f s and %.0f MiB",
-                self.num_captured,
-                self._sizes[-1],
-                time.perf_counter() - begin,
-                (self._capture.in_use_nbytes - before) / 2**20,
-            )
+        nbytes = max(self._capture.in_use_nbytes - before, 0)
+        report = CaptureReport(len(self._replays), time.perf_counter() - begin, nbytes)
+        _log.info(
+            "CUDA graphs: %d, for decode steps of up to %d sequences, in %.1f s and %.0f MiB",
+            report.num_graphs,
+            self._sizes[-1],
+            report.elapsed_s,
+            report.nbytes / 2**20,
+        )
+        return report
 
     def logits(self, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """[len(chunks), V] float32, to be read until the next call; the chunks' keys and values are stored.

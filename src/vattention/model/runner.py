@@ -17,7 +17,7 @@ from vattention.errors import UnsupportedModelError
 from vattention.kv.manager import KVManager
 from vattention.model.batch_attention import BatchAttention, Place
 from vattention.model.cuda_graphs import Capture
-from vattention.model.decode_graphs import DecodeGraphs
+from vattention.model.decode_graphs import CaptureReport, DecodeGraphs
 from vattention.model.decoder_stack import DecoderStack
 from vattention.model.head import HiddenStates, Scratch, plain_output_layer
 from vattention.model.hook import AttentionHook
@@ -101,7 +101,7 @@ class ModelRunner:
         kernels = (place.kernel for place in self._attention.places.values())
         return next((f"{kernel.name}: {kernel.uncapturable}" for kernel in kernels if kernel.uncapturable), None)
 
-    def capture(self, capture: Capture) -> None:
+    def capture(self, capture: Capture) -> CaptureReport:
         """Run decode steps as graphs from now on, those for short sequences captured at once.
 
         Raises:
@@ -111,8 +111,9 @@ class ModelRunner:
         windows = {place.spec.window for place in self._attention.places.values()}
         width = self._model.get_output_embeddings().weight.shape[0]
         graphs = DecodeGraphs(self._every_row, capture, self._kv, windows, width=width, device=self._device)
-        graphs.warm_up()
+        report = graphs.warm_up()
         self._graphs = graphs
+        return report
 
     def launch_eagerly(self) -> None:
         """Run decode steps without graphs from now on."""
