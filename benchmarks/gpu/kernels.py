@@ -93,7 +93,7 @@ def _views(keys: torch.Tensor, values: torch.Tensor) -> Iterator[tuple[str, Cach
 
 def _any_length(batch: RaggedBatch, longest: int) -> RaggedBatch:
     """The same batch as decode graphs have it: sequences may be longer, as long as one graph serves."""
-    bound = next(bound for bound in key_bounds(1 << 30) if bound >= longest)
+    bound = next(bound for bound in key_bounds(max(CONTEXTS)) if bound >= longest)
     return fixed_batch(batch.slots, batch.positions, bound, {None})
 
 

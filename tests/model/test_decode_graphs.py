@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests.attention.dense import DenseManager
+from tests.memory.fake_cuda import GRANULARITY, FakeCuda, FakeTorch
 from tests.model.architectures import ARCHITECTURES, MAX_LEN, VOCAB_SIZE
 from tests.model.fake_graphs import DeviceKernel, FakeCapture
 from vattention.attention import registry
@@ -18,7 +20,10 @@ from vattention.config import EngineConfig
 from vattention.core import Chunk
 from vattention.errors import OutOfMemoryError
 from vattention.kv.build import create_manager
+from vattention.kv.layout import plan
 from vattention.kv.manager import KVManager, LayerView, PagedLayerView
+from vattention.kv.virtual import VirtualManager
+from vattention.memory.cuda import CudaDriver
 from vattention.model import decode_graphs
 from vattention.model.decode_graphs import batch_sizes, key_bounds
 from vattention.model.probe import probe
@@ -52,6 +57,8 @@ class Rig:
     def _manager(kv: str, specs: Any, num_slots: int) -> KVManager:
         if kv == "dense":
             return DenseManager(specs, num_slots=num_slots, max_len=MAX_LEN)
+        if kv == "fake GPU":
+            return _on_a_fake_gpu(specs, num_slots)
         config = EngineConfig(model="none", kv=kv, max_num_seqs=num_slots, kv_memory="64MiB", block_size=4)  # type: ignore[arg-type]
         return create_manager(config, specs, dtype=torch.float32, device="cpu", max_len=MAX_LEN)
 
@@ -98,9 +105,20 @@ class Rig:
         self.kv.close()
 
 
+def _on_a_fake_gpu(specs: Any, num_slots: int) -> KVManager:
+    driver = CudaDriver(api=FakeCuda(512 * GRANULARITY), torch_side=FakeTorch())
+    driver._capabilities = replace(driver.capabilities, device="cpu")
+    layout = plan(
+        specs, item_nbytes=4, num_slots=num_slots, max_len=MAX_LEN, page_nbytes=driver.page_nbytes, sliced=False
+    )
+    return VirtualManager(driver, layout, dtype=torch.float32, limit_nbytes=None)
+
+
+# The fake GPU's memory cannot be touched where nothing is mapped.
 CASES = [("gemma2", kv) for kv in ("dense", "virtual", "reserved", "paged")] + [
     ("llama", "virtual"),
     ("gpt2", "dense"),
+    ("llama", "fake GPU"),
 ]
 
 
@@ -295,6 +313,19 @@ def test_the_scratch_slot_comes_back(graphs: FakeCapture) -> None:
         alone.runner.capture(graphs)
     assert alone.kv.num_free_slots == 1
     alone.close()
+
+
+def test_no_sequence_goes_without_memory_for_the_scratch_slot(
+    graphs: FakeCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig("llama", "reserved")
+    before = rig.kv.num_free_slots
+    rig.kv.set_limit(rig.kv.accounts().reserved_nbytes // before)  # one sequence's
+    assert rig.kv.fits(rig.kv.max_len)
+    with pytest.raises(OutOfMemoryError, match="would lack"):
+        rig.runner.capture(graphs)
+    assert rig.kv.num_free_slots == before
+    rig.close()
 
 
 def test_sizes() -> None:

@@ -117,6 +117,18 @@ def decode(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """[n, num_heads, value_dim] of sequences that bring one row each."""
+    # Triton launches on the thread's current device.
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
+        return _decode(query, view, chosen, spec, sinks)
+
+
+def _decode(
+    query: torch.Tensor,
+    view: CacheView,
+    chosen: Sequences,
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
     kernels = _kernels()
     count = len(chosen)
     tables, block_size = (view.tables, view.block_size) if isinstance(view, PagedLayerView) else (chosen.slots, 0)

@@ -57,7 +57,8 @@ class DecodeGraphs:
         width: logits of a row.
 
     Raises:
-        OutOfMemoryError: the cache has no slot to spare, or no memory behind its first token.
+        OutOfMemoryError: the cache has no slot to spare, or no memory behind its first token, or none for a longest
+            sequence beside it.
     """
 
     def __init__(
@@ -77,13 +78,8 @@ class DecodeGraphs:
         self._bounds = key_bounds(kv.max_len)
         if not self._sizes:
             raise OutOfMemoryError(2, kv.num_free_slots, "CUDA graphs need a slot beside the sequences' own")
-        self._scratch = kv.take((), max_tokens=1).slot
-        try:
-            kv.ensure(self._scratch, 0, 1)
-        except BaseException:
-            kv.release(self._scratch)
-            raise
         self._kv = kv
+        self._scratch = _scratch_slot(kv)
         most = self._sizes[-1]
         self._inputs = torch.zeros(most, 3, dtype=torch.int64, device=device)
         """Of each row the token, its slot and its position."""
@@ -174,6 +170,26 @@ class DecodeGraphs:
         here = torch.tensor([*rows, *padding], dtype=torch.int64)
         on_cpu = self._inputs.device.type == "cpu"
         self._inputs[:size].copy_(here if on_cpu else here.pin_memory(), non_blocking=not on_cpu)
+
+
+def _scratch_slot(kv: KVManager) -> int:
+    """A slot whose first token has memory for good."""
+    fits = kv.fits(kv.max_len)
+    slot = kv.take((), max_tokens=1).slot
+    try:
+        kv.ensure(slot, 0, 1)
+        if fits and not kv.has_room(kv.max_len):
+            accounts = kv.accounts()
+            raise OutOfMemoryError(
+                accounts.limit_nbytes + 1,
+                accounts.limit_nbytes,
+                f"CUDA graphs need memory that a sequence of {kv.max_len:,} tokens would lack; raise kv_memory, or "
+                "lower max_model_len",
+            )
+    except BaseException:
+        kv.release(slot)
+        raise
+    return slot
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
