@@ -172,7 +172,7 @@ class NativeLinear:
             self._panels, self._bias, self._num_out, self._num_in, self._dtype, self.form
         )
         self.nbytes = self._panels.nbytes
-        self._screen: _Screen | None = None
+        self._screen: Screen | None = None
 
     @classmethod
     def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
@@ -223,7 +223,7 @@ class NativeLinear:
         if x.shape[0] == 0:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         x = x if x.stride(1) == 1 else x.contiguous()
-        if self._screen is None or self._screen.take_rest():
+        if self._screen is None or x.shape[0] > self._screen.most_rows or self._screen.take_rest():
             return self._kernels.largest(self._native, x, noise)
         largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x, noise)
         if not useful:
@@ -236,31 +236,47 @@ class NativeLinear:
         Whether this was done: it takes a processor with the instructions, plain bfloat16, sums that fit into 32
         bits, and no bias.
         """
-        fits = self._num_in <= _MOST_SCREENED and self._bias is None and self._panels.dtype == torch.bfloat16
-        if self._kernels.can_screen and fits:
-            screen = _Screen(self._num_out, self._num_in)
-            if self._kernels.screen(screen.copy, self._native):
+        if self._kernels.can_screen and self._bias is None and self._dtype == torch.bfloat16:
+            screen = self._screen_of()
+            if screen is not None and self._kernels.screen(screen.copy, self._native):
                 self._screen = screen
         return self._screen is not None
+
+    def _screen_of(self) -> Screen | None:
+        """A screen, not filled in, for a bfloat16 layer that one fits."""
+        if self._num_in > _MOST_SCREENED:
+            return None
+        num_panels, num_steps = math.ceil(self._num_out / COLUMNS), math.ceil(self._num_in / 64) * 16
+        numbers = huge_empty(num_panels * num_steps * COLUMNS * 4, torch.int8)
+        scales, errors = torch.empty(2, num_panels * COLUMNS)
+        sums = torch.empty(num_panels * COLUMNS, dtype=torch.int32)
+        return Screen((numbers, scales, errors, sums), self._num_out, num_steps)
 
     def weight(self) -> Tensor:
         rows = self._panels.transpose(1, 2).reshape(self._panels.shape[0] * COLUMNS, -1)
         return rows[: self._num_out, : self._num_in].contiguous()
 
 
-class _Screen:
-    """Memory of a weight's copy as screen.c describes it, not filled in.
+class Screen:
+    """Memory of what finds a weight's largest products, as screen.c or screen_halves.c describes it, not filled in.
 
     Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. The
     next tokens are likely to be no better, so it rests a while.
+
+    Args:
+        tensors: numbers, scales, errors and sums, as `vattention_screen` has them.
+        most_rows: for which it takes less time than computing everything.
     """
 
-    def __init__(self, num_out: int, num_in: int) -> None:
-        num_panels, num_steps = math.ceil(num_out / COLUMNS), math.ceil(num_in / 64) * 16
-        self._numbers = huge_empty(num_panels * num_steps * COLUMNS * 4, torch.int8)
-        self._scales, self._errors = torch.empty(2, num_panels * COLUMNS)
-        self._sums = torch.empty(num_panels * COLUMNS, dtype=torch.int32)
-        tensors = (self._numbers, self._scales, self._errors, self._sums)
+    def __init__(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+        num_out: int,
+        num_steps: int,
+        most_rows: float = math.inf,
+    ) -> None:
+        self._tensors = tensors
+        self.most_rows = most_rows
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
         self._num_rests = 0
 

@@ -191,8 +191,8 @@ class _Optimizer:
 
     def _linear(self, linear: nn.Linear, name: str) -> nn.Module:
         if self._quantization is not None:
-            delicate = linear is self._output or is_way_into_attention(name)
-            quantized = self._quantization.method(linear.weight.dtype, delicate=delicate)
+            delicate, output = is_way_into_attention(name), linear is self._output
+            quantized = self._quantization.method(linear.weight.dtype, delicate=delicate, output=output)
             return self._quantized(quantized, linear, name)
         method = self._method(linear.out_features, linear.in_features, linear.weight.dtype)
         if method is TorchLinear:

@@ -21,7 +21,6 @@ from vattention.native.huge import huge_empty
 GROUP = 32
 """Inputs whose weights share a scale."""
 
-_HALF = 16
 _SCALES_NBYTES = 2 * COLUMNS
 _BLOCK_NUMEL = 1 << 20
 """Weights that are quantized at a time: temporary memory is some twenty bytes for each."""
@@ -48,8 +47,42 @@ class Format(Protocol):
         """The whole numbers, int8, that codes stand for."""
         ...
 
+    @classmethod
+    def places(cls, panels: Tensor) -> tuple[Tensor, ...]:
+        """Views of panels [panels, groups, nbytes]: the scales' bytes [panels, groups, 64], and parts of the lines.
 
-class Int8:
+        The parts are [panels, groups, lines, 32, 4], where a group's lines follow each other.
+        """
+        ...
+
+    @classmethod
+    def split(cls, lines: Tensor) -> Tensor:
+        """A column's bytes of a group's lines [..., bits, 4] of codes as they lie in memory."""
+        ...
+
+    @classmethod
+    def join(cls, lines: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        ...
+
+
+class _WholeLines:
+    """Of formats whose groups lie one after the other, with lines as they are."""
+
+    @classmethod
+    def places(cls, panels: Tensor) -> tuple[Tensor, ...]:
+        return panels[..., :_SCALES_NBYTES], _by_line(panels[..., _SCALES_NBYTES:])
+
+    @classmethod
+    def split(cls, lines: Tensor) -> Tensor:
+        return lines
+
+    @classmethod
+    def join(cls, lines: Tensor) -> Tensor:
+        return lines
+
+
+class Int8(_WholeLines):
     """Whole numbers from -127 to 127, the largest of a group being one of the ends."""
 
     form: ClassVar[WeightFormat] = WeightFormat.INT8
@@ -66,7 +99,33 @@ class Int8:
         return codes
 
 
-class Int4:
+class HalvedInt8(Int8):
+    """The same, of which the upper halves of 4 bits lie apart from the lower ones."""
+
+    form: ClassVar[WeightFormat] = WeightFormat.HALVES
+
+    @classmethod
+    def places(cls, panels: Tensor) -> tuple[Tensor, ...]:
+        num_panels, num_groups, nbytes = panels.shape
+        lower_nbytes = (nbytes - _SCALES_NBYTES) // 2
+        sizes = [num_panels * num_groups * (nbytes - lower_nbytes), num_panels * num_groups * lower_nbytes]
+        upper, lower = (half.view(num_panels, num_groups, -1) for half in torch.split(panels.view(-1), sizes))
+        return upper[..., :_SCALES_NBYTES], _by_line(upper[..., _SCALES_NBYTES:]), _by_line(lower)
+
+    @classmethod
+    def split(cls, lines: Tensor) -> Tensor:
+        raised = lines ^ 128
+        first, second = raised[..., 0::2, :], raised[..., 1::2, :]
+        return torch.cat(((first >> 4) | (second & 240), (first & 15) | (second << 4)), -2)
+
+    @classmethod
+    def join(cls, lines: Tensor) -> Tensor:
+        upper, lower = lines.chunk(2, -2)
+        first, second = (upper << 4) | (lower & 15), (upper & 240) | (lower >> 4)
+        return torch.stack((first, second), -2).view(lines.shape) ^ 128
+
+
+class Int4(_WholeLines):
     """Sixteen numbers that lie as a normal distribution's quantiles do (NF4), a group's largest being -127 or 127.
 
     T. Dettmers, A. Pagnoni, A. Holtzman, L. Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs" (2023),
@@ -105,23 +164,25 @@ def pack(form: type[Format], weight: Tensor) -> Tensor:
     num_out, num_in = weight.shape
     num_panels, num_groups = math.ceil(num_out / COLUMNS), math.ceil(num_in / GROUP)
     panels = huge_empty(num_panels * num_groups * group_nbytes(form), torch.uint8).view(num_panels, num_groups, -1)
+    own, *places = form.places(panels)
     for part in _parts(num_panels, num_groups):
         rows = weight[part.start * COLUMNS : part.stop * COLUMNS].float()
         rows = F.pad(rows, (0, -num_in % GROUP, 0, -len(rows) % COLUMNS))
         codes, scales = form.quantize(rows.reshape(-1, num_groups, GROUP))
-        own = panels[part]
-        own[..., :_SCALES_NBYTES] = _by_panel(scales).view(torch.uint8)
-        own[..., _SCALES_NBYTES:] = _lines(form, codes).view(len(own), num_groups, -1)
+        own[part] = _by_panel(scales).view(torch.uint8)
+        lines = _lines(form, codes)
+        for place, some in zip(places, torch.split(lines, [place.shape[2] for place in places], 2), strict=True):
+            place[part] = some
     return panels
 
 
 def unpack(form: type[Format], panels: Tensor, num_out: int, num_in: int, dtype: torch.dtype) -> Tensor:
     """What packed panels stand for, [num_out, num_in]."""
     weight = torch.empty(num_out, num_in, dtype=dtype)
+    own, *places = form.places(panels)
     for part in _parts(*panels.shape[:2]):
-        own = panels[part]
-        scales = own[..., :_SCALES_NBYTES].contiguous().view(torch.bfloat16).transpose(1, 2).float()
-        numbers = form.numbers(_codes(form, own[..., _SCALES_NBYTES:]))
+        scales = own[part].contiguous().view(torch.bfloat16).transpose(1, 2).float()
+        numbers = form.numbers(_codes(form, torch.cat([place[part] for place in places], 2)))
         rows = numbers.view(*scales.shape, GROUP) * scales[..., None]
         to = weight[part.start * COLUMNS : part.stop * COLUMNS]
         to.copy_(rows.view(-1, rows.shape[2] * GROUP)[: len(to), :num_in])
@@ -132,13 +193,18 @@ def unpack_rows(form: type[Format], panels: Tensor, rows: Tensor, num_in: int, d
     """Some rows [len(rows), num_in] of what panels stand for."""
     num_panels, num_groups, _ = panels.shape
     panel, column = rows // COLUMNS, rows % COLUMNS
-    scales = panels[..., :_SCALES_NBYTES].view(num_panels, num_groups, COLUMNS, 2).transpose(1, 2)[panel, column]
+    own, *places = form.places(panels)
+    scales = own.view(num_panels, num_groups, COLUMNS, 2).transpose(1, 2)[panel, column]
     # Of each line, four bytes are a column's.
-    lines = panels[..., _SCALES_NBYTES:].view(num_panels, num_groups, form.bits, 2, _HALF, 4)
-    own = lines.permute(0, 3, 4, 1, 2, 5)[panel, column // _HALF, column % _HALF]
-    numbers = form.numbers(_steps(form, own.reshape(-1, num_groups, form.bits, 4)))
+    lines = torch.cat([place.permute(0, 3, 1, 2, 4)[panel, column] for place in places], 2)
+    numbers = form.numbers(_steps(form, lines))
     wide = numbers.view(-1, num_groups, GROUP) * scales.contiguous().view(torch.bfloat16).float()
     return wide.view(-1, num_groups * GROUP)[:, :num_in].to(dtype)
+
+
+def _by_line(lines: Tensor) -> Tensor:
+    """Bytes [panels, groups, nbytes] as [panels, groups, lines, 32, 4], of the same memory."""
+    return lines.view(*lines.shape[:2], -1, COLUMNS, 4)
 
 
 def _parts(num_panels: int, num_groups: int) -> Iterator[slice]:
@@ -160,21 +226,22 @@ def _lines(form: type[Format], codes: Tensor) -> Tensor:
     if form.bits == 4:
         split = (split[..., 0::2] & 15) | (split[..., 1::2] << 4)
     # A column's four bytes of a line move as one.
-    own = split.contiguous().view(num_rows, num_groups, -1).view(torch.int32)
-    return own.view(-1, COLUMNS, num_groups, form.bits).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    own = form.split(split.reshape(num_rows, num_groups, form.bits, 4)).view(torch.int32)
+    by_line = own.view(-1, COLUMNS, num_groups, form.bits).permute(0, 2, 3, 1).contiguous()
+    return by_line.view(torch.uint8).view(*by_line.shape, 4)
 
 
 def _codes(form: type[Format], lines: Tensor) -> Tensor:
-    """The inverse of `_lines`: [panels, groups, ...] to [panels, 32, groups, 32]."""
-    num_panels, num_groups, _ = lines.shape
-    columns = lines.reshape(num_panels, num_groups, form.bits, COLUMNS, 4).permute(0, 3, 1, 2, 4)
+    """The inverse of `_lines`: [panels, groups, lines, 32, 4] to [panels, 32, groups, 32]."""
+    num_panels, num_groups = lines.shape[:2]
+    columns = lines.permute(0, 3, 1, 2, 4)
     return _steps(form, columns.reshape(-1, num_groups, form.bits, 4)).view(num_panels, COLUMNS, num_groups, GROUP)
 
 
 def _steps(form: type[Format], own: Tensor) -> Tensor:
     """A column's bytes [rows, groups, lines, 4] as its codes, int8 [rows, groups, 32]."""
     num_rows, num_groups, num_lines, _ = own.shape
-    words = own.view(num_rows, num_groups, num_lines, 2, 2)
+    words = form.join(own).view(num_rows, num_groups, num_lines, 2, 2)
     if form.bits == 4:
         words = torch.stack((words & 15, words >> 4), -1).view(num_rows, num_groups, num_lines, 2, 4)
     return words.transpose(-1, -2).reshape(num_rows, num_groups, GROUP).view(torch.int8)

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vattention.model.linear import COLUMNS, LinearMethod, NativeLinear
-from vattention.model.quantize import Format, Int4, Int8, pack, unpack, unpack_rows
-from vattention.native import WeightFormat
+from vattention.model.linear import COLUMNS, LinearMethod, NativeLinear, Screen
+from vattention.model.quantize import GROUP, Format, HalvedInt8, Int4, Int8, pack, unpack, unpack_rows
+from vattention.native import WeightFormat, kernels
+
+_MOST_SCREENED_ROWS = 3
+"""For which reading the upper halves takes longer than multiplying them."""
 
 
 class QuantizedMethod(LinearMethod, Protocol):
@@ -40,6 +43,9 @@ class _NativeQuantized(NativeLinear):
     def _packed(self, weight: Tensor) -> Tensor:
         return pack(self.kind, weight)
 
+    def _screen_of(self) -> Screen | None:
+        return None
+
     def weight(self) -> Tensor:
         return unpack(self.kind, self._panels, self._num_out, self._num_in, self._dtype)
 
@@ -54,6 +60,25 @@ class Int8Linear(_NativeQuantized):
     name: ClassVar[str] = "int8"
     form: ClassVar[WeightFormat] = WeightFormat.INT8
     kind: ClassVar[type[Format]] = Int8
+
+
+class HalvedInt8Linear(_NativeQuantized):
+    """8 bits in halves, of which `largest` reads the upper ones, and few of the others."""
+
+    name: ClassVar[str] = "int8"
+    form: ClassVar[WeightFormat] = WeightFormat.HALVES
+    kind: ClassVar[type[Format]] = HalvedInt8
+
+    @classmethod
+    def available(cls, dtype: torch.dtype) -> bool:
+        library = kernels()
+        return library is not None and library.can_screen and dtype == torch.bfloat16
+
+    def _screen_of(self) -> Screen | None:
+        nothing = torch.empty(0)
+        errors = torch.empty(math.ceil(self._num_out / COLUMNS) * COLUMNS)
+        num_steps = math.ceil(self._num_in / GROUP) * GROUP // 4
+        return Screen((nothing, nothing, errors, nothing), self._num_out, num_steps, _MOST_SCREENED_ROWS)
 
 
 class Int4Linear(_NativeQuantized):
@@ -124,20 +149,26 @@ _INT4: tuple[type[QuantizedMethod], ...] = (Int4Linear, UnpackingInt4)
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """What becomes of a model's linear layers: methods for most and for those that matter most, best first."""
+    """What becomes of a model's linear layers: methods, best first, for most, delicate ones and the output."""
 
     most: tuple[type[QuantizedMethod], ...]
     delicate: tuple[type[QuantizedMethod], ...]
+    output: tuple[type[QuantizedMethod], ...]
 
-    def method(self, dtype: torch.dtype, *, delicate: bool = False) -> type[QuantizedMethod]:
+    def method(self, dtype: torch.dtype, *, delicate: bool = False, output: bool = False) -> type[QuantizedMethod]:
         """The best method that this machine has for weights that came in this type."""
-        methods = self.delicate if delicate else self.most
+        methods = self.output if output else self.delicate if delicate else self.most
         return next(method for method in methods if method.available(dtype))
 
 
-QUANTIZATIONS = {"int8": Quantization(_INT8, _INT8), "int4": Quantization(_INT4, _INT8)}
-"""By the engine's option. Delicate are the output layer, which decides between tokens directly, and the way into
-attention: in 4 bits it makes a quarter of a small model's divergence, and is a small part of a layer."""
+_OUTPUT: tuple[type[QuantizedMethod], ...] = (HalvedInt8Linear, *_INT8)
+
+QUANTIZATIONS = {
+    "int8": Quantization(_INT8, _INT8, _OUTPUT),
+    "int4": Quantization(_INT4, _INT8, _OUTPUT),
+}
+"""By the engine's option. The output layer decides between tokens directly. Delicate is the way into attention: in
+4 bits it makes a quarter of a small model's divergence, and is a small part of a layer."""
 
 
 def is_way_into_attention(name: str) -> bool:

@@ -17,9 +17,11 @@ typedef struct {
 } vattention_gating;
 
 /* Forms of a weight: numbers of its type, or quantized. */
-enum { PLAIN = 0, INT8 = 1, INT4 = 2 };
+enum { PLAIN = 0, INT8 = 1, INT4 = 2, HALVES = 3 };
 /* Steps of the inner dimension whose quantized numbers share a scale, and bytes of a line of such numbers. */
 enum { GROUP = 32, LINE = 64 };
+/* Bytes of the upper, or the lower, halves of a group's numbers in a panel, and of the upper ones with their scales. */
+enum { HALVES_NBYTES = COLUMNS * GROUP / 2, UPPER_NBYTES = 2 * COLUMNS + HALVES_NBYTES };
 
 /* A linear layer's weight, packed as linear.c or quantized.c describes it. */
 typedef struct {
@@ -94,6 +96,9 @@ typedef struct {
 extern const int8_t vattention_code_book[16];
 
 int64_t vattention_panel_nbytes(const vattention_weight *weight);
+
+/* Where a panel's lower halves are, in the format that has them. */
+const char *vattention_lower_halves(const vattention_weight *weight, int64_t panel);
 
 /* A quantized panel as one of float32, or on processors that multiply those of bfloat16, as linear.c describes it; with
  * zeros up to a whole group. */

@@ -42,6 +42,7 @@ typedef struct {
     int64_t x_stride;
     int64_t rows;
     const void *panel;
+    const char *lower; /* halves, in the format that has them */
     /* A tall block reads a panel from memory for its first tile only, and memory would idle over the others:
      * each fetches its share of the next panel. Alone this is worth 30 % at 8 to 16 rows. */
     const char *ahead;
@@ -85,6 +86,7 @@ typedef struct {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
 #include "linear_tile.h"
 #if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 9)
+#include "halves.h"
 #include "quantized_few.h"
 #ifdef HAVE_AMX
 #include "quantized_amx.h"
@@ -110,8 +112,7 @@ typedef struct {
 static struct {
     const tile_set *float32, *bfloat16; /* for any size */
     const tile_set *pairs, *tiles;      /* for bfloat16 of an even size, and of a multiple of TILE_STEPS; or NULL */
-    const tile_set *int8, *int4;        /* for few rows of bfloat16 and quantized panels; or NULL */
-    const tile_set *int8_batch, *int4_batch; /* for some more rows; or NULL */
+    const tile_set *few[4], *batch[4];  /* by format, for few rows of bfloat16, and for some more; or NULL */
 } best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
 
 __attribute__((constructor)) static void find_best(void) {
@@ -138,12 +139,14 @@ __attribute__((constructor)) static void find_best(void) {
 #endif
 #ifdef HAVE_FEW
         if (__builtin_cpu_supports("avx512vnni")) {
-            best.int8 = &int8_set;
-            best.int4 = &int4_set;
+            best.few[INT8] = &int8_set;
+            best.few[INT4] = &int4_set;
+            best.few[HALVES] = &halves_set;
 #ifdef HAVE_AMX
             if (best.tiles) {
-                best.int8_batch = &int8_batch_set;
-                best.int4_batch = &int4_batch_set;
+                best.batch[INT8] = &int8_batch_set;
+                best.batch[INT4] = &int4_batch_set;
+                best.batch[HALVES] = &halves_batch_set;
             }
 #endif
         }
@@ -163,11 +166,11 @@ static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows
     if (weight->dtype == FLOAT32) {
         return best.float32;
     }
-    if (weight->format != PLAIN && num_rows <= QUANTIZED_ROWS && best.int8) {
-        return weight->format == INT8 ? best.int8 : best.int4;
+    if (num_rows <= QUANTIZED_ROWS && best.few[weight->format]) {
+        return best.few[weight->format];
     }
-    if (weight->format != PLAIN && num_rows <= QUANTIZED_BATCH && best.int8_batch) {
-        return weight->format == INT8 ? best.int8_batch : best.int4_batch;
+    if (num_rows <= QUANTIZED_BATCH && best.batch[weight->format]) {
+        return best.batch[weight->format];
     }
     if (best.tiles && num_in % TILE_STEPS == 0) {
         return best.tiles;
@@ -251,6 +254,7 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
         .strip_stride = j->block_rows * STRIP_STRIDE,
         .x_stride = j->x_stride,
         .panel = packed,
+        .lower = vattention_lower_halves(w, panel),
         .ahead_step = j->unpacks ? 0 : COLUMNS * 4 / num_tiles,
         .bias = w->bias ? w->bias + out : NULL,
         .y_stride = j->y_stride,

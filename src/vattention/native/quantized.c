@@ -9,6 +9,11 @@
  * the first and the second 16 columns. A line has four steps in 8 bits, eight in 4: word 2 i + s (of 16 bits) holds
  * those of column i whose number is even (s = 0) or odd (s = 1), in order from the lowest bits up. So words and
  * bfloat16 numbers to be multiplied in pairs lie alike.
+ *
+ * Numbers of 8 bits may also lie in halves, so that the upper ones alone can be read (screen_halves.c). Then the
+ * panels have scales and upper halves, and all lower ones follow behind the last panel, in the same order. They are those
+ * of a number plus 128. A line holds the halves of two lines of whole numbers that follow each other for the same columns:
+ * the first's in the lower halves of its bytes.
  */
 #include "kernels.h"
 
@@ -16,6 +21,7 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#include "halves.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -25,7 +31,7 @@ const int8_t vattention_code_book[16] = {-127, -88, -67, -50, -36, -23, -12, 0, 
 static int64_t num_groups(const vattention_weight *weight) { return (weight->num_in + GROUP - 1) / GROUP; }
 
 static int64_t group_nbytes(const vattention_weight *weight) {
-    return COLUMNS * 2 + COLUMNS * GROUP / (weight->format == INT4 ? 2 : 1);
+    return COLUMNS * 2 + COLUMNS * GROUP / (weight->format == INT8 ? 1 : 2);
 }
 
 int64_t vattention_panel_nbytes(const vattention_weight *weight) {
@@ -35,11 +41,24 @@ int64_t vattention_panel_nbytes(const vattention_weight *weight) {
     return COLUMNS * (weight->dtype == FLOAT32 ? weight->num_in * 4 : (weight->num_in + 1) / 2 * 4);
 }
 
+const char *vattention_lower_halves(const vattention_weight *weight, int64_t panel) {
+    const int64_t num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
+    return (const char *)weight->packed + num_panels * vattention_panel_nbytes(weight) +
+           panel * num_groups(weight) * HALVES_NBYTES;
+}
+
 /* Numbers of 4 bits: those in the lower and in the upper halves of a line's bytes. */
 #define TRANSLATE_SCALAR \
     for (int i = 0; i < LINE; i++) { \
         low[i] = vattention_code_book[line[i] & 15]; \
         high[i] = vattention_code_book[line[i] >> 4]; \
+    }
+
+/* Two lines of whole numbers from those of their halves. */
+#define JOIN_HALVES \
+    for (int i = 0; i < LINE; i++) { \
+        first[i] = (int8_t)((upper[i] << 4 | (lower[i] & 15)) ^ 128); \
+        second[i] = (int8_t)(((upper[i] & 240) | lower[i] >> 4) ^ 128); \
     }
 
 #define SET baseline
@@ -96,7 +115,20 @@ PAIRS_TARGET INLINE void store_pairs(char *out, __m512 even, __m512 odd, __m512 
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleave, (__m512i)both));
 }
 
-PAIRS_TARGET INLINE void unpack_pairs(const vattention_weight *weight, const char *group, char *out, const int bits) {
+/* Four steps of 16 columns, from a line of whole numbers. */
+PAIRS_TARGET INLINE void store_line(char *out, __m512i words, __m512 scales, __m512i interleave) {
+    const __m512i bytes[4] = {_mm512_slli_epi32(words, 24), _mm512_slli_epi32(words, 8), _mm512_slli_epi32(words, 16),
+                              words};
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++, out += COLUMNS * 4) {
+        store_pairs(out, _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes[2 * t], 24)),
+                    _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes[2 * t + 1], 24)), scales, interleave);
+    }
+}
+
+/* `format` is a constant wherever this is inlined. */
+PAIRS_TARGET INLINE void unpack_pairs(const vattention_weight *weight, const char *group, const char *lower_line,
+                                      char *out, const int format) {
     const int64_t after = num_groups(weight) * group_nbytes(weight);
     uint16_t order[32], book[32];
     for (int i = 0; i < 32; i++) {
@@ -108,7 +140,7 @@ PAIRS_TARGET INLINE void unpack_pairs(const vattention_weight *weight, const cha
         order[i] = (uint16_t)(i / 2 + i % 2 * 16);
     }
     const __m512i interleave = _mm512_loadu_si512(order), table = _mm512_loadu_si512(book);
-    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u);
+    const __m512i upper = _mm512_set1_epi32((int)0xffff0000u), raised = _mm512_set1_epi8((char)0x80);
     for (int64_t i = num_groups(weight); i > 0; i--, out += GROUP / 2 * COLUMNS * 4) {
         const char *line = group + 2 * COLUMNS;
         __m512 scales[2];
@@ -117,14 +149,14 @@ PAIRS_TARGET INLINE void unpack_pairs(const vattention_weight *weight, const cha
             scales[half] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(own), 16));
         }
         __builtin_prefetch(group + after, 0, 2);
-        for (int pair = 0; pair < GROUP / 2; pair += 16 / bits) {
+        for (int pair = 0; pair < GROUP / 2; pair += format == INT8 ? 2 : 4) {
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++, line += LINE) {
                 char *to = out + pair * COLUMNS * 4 + half * LINE;
                 const __m512i words = _mm512_loadu_si512(line);
                 /* The others' turn to read memory: the next panel. */
                 __builtin_prefetch(line + after, 0, 2);
-                if (bits == 4) {
+                if (format == INT4) {
 #pragma GCC unroll 4
                     for (int t = 0; t < 4; t++, to += COLUMNS * 4) {
                         const __m512i codes = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * t), table);
@@ -133,30 +165,36 @@ PAIRS_TARGET INLINE void unpack_pairs(const vattention_weight *weight, const cha
                     }
                     continue;
                 }
-                const __m512i bytes[4] = {_mm512_slli_epi32(words, 24), _mm512_slli_epi32(words, 8),
-                                          _mm512_slli_epi32(words, 16), words};
-#pragma GCC unroll 2
-                for (int t = 0; t < 2; t++, to += COLUMNS * 4) {
-                    store_pairs(to, _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes[2 * t], 24)),
-                                _mm512_cvtepi32_ps(_mm512_srai_epi32(bytes[2 * t + 1], 24)), scales[half], interleave);
+                if (format == HALVES) {
+                    const __m512i lower = _mm512_loadu_si512(lower_line);
+                    __builtin_prefetch(lower_line + num_groups(weight) * HALVES_NBYTES, 0, 2);
+                    lower_line += LINE;
+                    store_line(to, _mm512_xor_si512(first_halves(words, lower), raised), scales[half], interleave);
+                    to += 2 * COLUMNS * 4;
+                    store_line(to, _mm512_xor_si512(second_halves(words, lower), raised), scales[half], interleave);
+                    continue;
                 }
+                store_line(to, words, scales[half], interleave);
             }
         }
         group = line;
     }
 }
 
-PAIRS_TARGET static void unpack_all_pairs(const vattention_weight *weight, const char *panel, char *out) {
+PAIRS_TARGET static void unpack_all_pairs(const vattention_weight *weight, const char *panel, const char *lower,
+                                          char *out) {
     if (weight->format == INT4) {
-        unpack_pairs(weight, panel, out, 4);
+        unpack_pairs(weight, panel, lower, out, INT4);
+    } else if (weight->format == HALVES) {
+        unpack_pairs(weight, panel, lower, out, HALVES);
     } else {
-        unpack_pairs(weight, panel, out, 8);
+        unpack_pairs(weight, panel, lower, out, INT8);
     }
 }
 #endif
 
 /* The best this processor runs, found once as the library is loaded. */
-static void (*best)(const vattention_weight *, const uint8_t *, float *) = unpack_baseline;
+static void (*best)(const vattention_weight *, const uint8_t *, const uint8_t *, float *) = unpack_baseline;
 
 __attribute__((constructor)) static void find_best(void) {
 #if defined(__x86_64__)
@@ -176,12 +214,13 @@ __attribute__((constructor)) static void find_best(void) {
 
 void vattention_unpack(const vattention_weight *weight, int64_t panel, int32_t dtype, void *out) {
     const char *groups = (const char *)weight->packed + panel * vattention_panel_nbytes(weight);
+    const char *lower = vattention_lower_halves(weight, panel);
 #ifdef HAVE_PAIRS
     if (dtype == BFLOAT16) {
-        unpack_all_pairs(weight, groups, out);
+        unpack_all_pairs(weight, groups, lower, out);
         return;
     }
 #endif
     (void)dtype;
-    best(weight, (const uint8_t *)groups, out);
+    best(weight, (const uint8_t *)groups, (const uint8_t *)lower, out);
 }

@@ -40,7 +40,19 @@ AMX_BYTES_TARGET INLINE void batch_add(const few_group *x, int64_t stride, int64
     }
 }
 
-/* A group's codes as bytes, [2, 8, 64]. */
+/* A group's numbers as bytes, [2, 8, 64], from its halves. */
+AMX_BYTES_TARGET INLINE void batch_join(const char *line, const char *lower_line, int8_t *numbers) {
+    const __m512i raised = _mm512_set1_epi8((char)0x80);
+#pragma GCC unroll 8
+    for (int i = 0; i < GROUP / 4; i++, line += LINE, lower_line += LINE) {
+        const __m512i upper = _mm512_loadu_si512(line), lower = _mm512_loadu_si512(lower_line);
+        int8_t *to = numbers + i % 2 * (GROUP / 4) * LINE + i / 2 * 2 * LINE;
+        _mm512_store_si512(to, _mm512_xor_si512(first_halves(upper, lower), raised));
+        _mm512_store_si512(to + LINE, _mm512_xor_si512(second_halves(upper, lower), raised));
+    }
+}
+
+/* The same from codes. */
 AMX_BYTES_TARGET INLINE void batch_translate(const char *line, int8_t *numbers) {
     const __m512i table =
         _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)vattention_code_book)), four = _mm512_set1_epi8(15);
@@ -53,22 +65,35 @@ AMX_BYTES_TARGET INLINE void batch_translate(const char *line, int8_t *numbers) 
     }
 }
 
-/* `bits` is a constant wherever this is inlined. */
-AMX_BYTES_TARGET INLINE void batch_tile(const tile_args *args, const int bits) {
+/* A group of a panel whose numbers do not lie as bytes. */
+AMX_BYTES_TARGET INLINE void batch_numbers(const tile_args *args, int64_t group, const int format, int8_t *numbers) {
+    const char *line = (const char *)args->panel + group * UPPER_NBYTES + 2 * COLUMNS;
+    if (format == INT4) {
+        batch_translate(line, numbers);
+    } else {
+        batch_join(line, args->lower + group * HALVES_NBYTES, numbers);
+    }
+}
+
+/* `format` is a constant wherever this is inlined. */
+AMX_BYTES_TARGET INLINE void batch_tile(const tile_args *args, const int format) {
     float sums[BATCH_ROWS * COLUMNS] __attribute__((aligned(64))) = {0};
     int32_t tiles[2][4 * BATCH_ROWS * HALF] __attribute__((aligned(64)));
     int8_t numbers[2][COLUMNS * GROUP] __attribute__((aligned(64)));
     const int64_t num_groups = (args->num_in + GROUP - 1) / GROUP, stride = num_groups * (int64_t)sizeof(few_group);
-    const int64_t nbytes = 2 * COLUMNS + COLUMNS * GROUP * bits / 8;
+    const int64_t nbytes = 2 * COLUMNS + COLUMNS * GROUP / (format == INT8 ? 1 : 2);
     const few_group *x = (const few_group *)args->widened;
     const char *group = args->panel;
-    if (bits == 4) {
-        batch_translate(group + 2 * COLUMNS, numbers[0]);
+    if (format != INT8) {
+        batch_numbers(args, 0, format, numbers[0]);
     }
     for (int64_t g = 0; g < num_groups; g++, group += nbytes) {
         if (args->first) {
             for (int64_t line = 0; line < nbytes; line += LINE) {
                 __builtin_prefetch(group + FEW_AHEAD + line, 0, 3);
+            }
+            for (int64_t line = 0; format == HALVES && line < HALVES_NBYTES; line += LINE) {
+                __builtin_prefetch(args->lower + g * HALVES_NBYTES + FEW_AHEAD + line, 0, 3);
             }
         }
         int32_t *own = tiles[g % 2];
@@ -79,7 +104,7 @@ AMX_BYTES_TARGET INLINE void batch_tile(const tile_args *args, const int bits) {
         _tile_zero(3);
         _tile_loadd(4, x[g].high, stride);
         _tile_loadd(5, x[g].low, stride);
-        if (bits == 4) {
+        if (format != INT8) {
             _tile_loadd(6, numbers[g % 2], LINE);
             _tile_loadd(7, numbers[g % 2] + GROUP / 4 * LINE, LINE);
         } else {
@@ -90,8 +115,8 @@ AMX_BYTES_TARGET INLINE void batch_tile(const tile_args *args, const int bits) {
         _tile_dpbssd(1, 4, 7);
         _tile_dpbssd(2, 5, 6);
         _tile_dpbssd(3, 5, 7);
-        if (bits == 4 && g + 1 < num_groups) {
-            batch_translate(group + nbytes + 2 * COLUMNS, numbers[(g + 1) % 2]);
+        if (format != INT8 && g + 1 < num_groups) {
+            batch_numbers(args, g + 1, format, numbers[(g + 1) % 2]);
         }
         if (g > 0) {
             batch_add(x + g - 1, num_groups, args->rows, group - nbytes, tiles[(g - 1) % 2], sums);
@@ -114,10 +139,14 @@ AMX_BYTES_TARGET INLINE void batch_tile(const tile_args *args, const int bits) {
     }
 }
 
-AMX_BYTES_TARGET static void int8_batch(const tile_args *args) { batch_tile(args, 8); }
-AMX_BYTES_TARGET static void int4_batch(const tile_args *args) { batch_tile(args, 4); }
-static const tile_fn int8_batch_tiles[] = {int8_batch}, int4_batch_tiles[] = {int4_batch};
+AMX_BYTES_TARGET static void int8_batch(const tile_args *args) { batch_tile(args, INT8); }
+AMX_BYTES_TARGET static void int4_batch(const tile_args *args) { batch_tile(args, INT4); }
+AMX_BYTES_TARGET static void halves_batch(const tile_args *args) { batch_tile(args, HALVES); }
+static const tile_fn int8_batch_tiles[] = {int8_batch}, int4_batch_tiles[] = {int4_batch},
+                     halves_batch_tiles[] = {halves_batch};
 static const tile_set int8_batch_set = {.tiles = int8_batch_tiles, .tile_rows = BATCH_ROWS, .take = int8_take,
                                         .take_nbytes = sizeof(few_group), .begin = batch_begin, .end = amx_end};
 static const tile_set int4_batch_set = {.tiles = int4_batch_tiles, .tile_rows = BATCH_ROWS, .take = int4_take,
                                         .take_nbytes = sizeof(few_group), .begin = batch_begin, .end = amx_end};
+static const tile_set halves_batch_set = {.tiles = halves_batch_tiles, .tile_rows = BATCH_ROWS, .take = int8_take,
+                                          .take_nbytes = sizeof(few_group), .begin = batch_begin, .end = amx_end};

@@ -66,13 +66,15 @@ FEW_TARGET static void few_take(const uint16_t *x, int64_t count, const uint16_t
     out->factor = few_power(exponent - BITS);
 }
 
-/* `rows` and `bits` are constants wherever this is inlined. */
-FEW_TARGET INLINE void few_tile(const tile_args *args, const int rows, const int bits) {
+/* `rows` and `format` are constants wherever this is inlined. */
+FEW_TARGET INLINE void few_tile(const tile_args *args, const int rows, const int format) {
     const __m512i raised = _mm512_set1_epi8((char)0x80), four = _mm512_set1_epi8(15);
     const __m128i book = _mm_loadu_si128((const __m128i *)vattention_code_book);
     const __m512i table = _mm512_xor_si512(_mm512_broadcast_i32x4(book), raised);
+    const int parts = format == INT8 ? 1 : 2;
     const int64_t num_groups = (args->num_in + GROUP - 1) / GROUP;
     const few_group *x = (const few_group *)args->widened;
+    const char *lower_line = args->lower;
     __m512 total[2][QUANTIZED_ROWS];
 #pragma GCC unroll 4
     for (int m = 0; m < rows; m++) {
@@ -89,16 +91,26 @@ FEW_TARGET INLINE void few_tile(const tile_args *args, const int rows, const int
         const char *line = group + 2 * COLUMNS;
         __builtin_prefetch(group + FEW_AHEAD, 0, 3);
 #pragma GCC unroll 8
-        for (int k = 0; k < GROUP / 4; k += 8 / bits) {
+        for (int k = 0; k < GROUP / 4; k += parts) {
 #pragma GCC unroll 2
-            for (int half = 0; half < 2; half++, line += LINE) {
+            for (int half = 0; half < 2; half++, line += LINE, lower_line += LINE) {
                 __builtin_prefetch(line + FEW_AHEAD, 0, 3);
                 const __m512i own = _mm512_loadu_si512(line);
+                if (format == HALVES) {
+                    __builtin_prefetch(lower_line + FEW_AHEAD, 0, 3);
+                }
 #pragma GCC unroll 2
-                for (int part = 0; part < 8 / bits; part++) {
-                    const __m512i codes = part ? _mm512_srli_epi16(own, 4) : own;
-                    const __m512i w = bits == 8 ? _mm512_xor_si512(own, raised)
-                                                : _mm512_shuffle_epi8(table, _mm512_and_si512(codes, four));
+                for (int part = 0; part < parts; part++) {
+                    __m512i w;
+                    if (format == HALVES) {
+                        const __m512i lower = _mm512_loadu_si512(lower_line);
+                        w = part ? second_halves(own, lower) : first_halves(own, lower);
+                    } else if (format == INT4) {
+                        const __m512i codes = part ? _mm512_srli_epi16(own, 4) : own;
+                        w = _mm512_shuffle_epi8(table, _mm512_and_si512(codes, four));
+                    } else {
+                        w = _mm512_xor_si512(own, raised);
+                    }
 #pragma GCC unroll 4
                     for (int m = 0; m < rows; m++) {
                         const few_group *numbers = &x[m * num_groups];
@@ -134,12 +146,14 @@ FEW_TARGET INLINE void few_tile(const tile_args *args, const int rows, const int
 }
 
 #define TILE(rows) \
-    FEW_TARGET static void int8_##rows(const tile_args *args) { few_tile(args, rows, 8); } \
-    FEW_TARGET static void int4_##rows(const tile_args *args) { few_tile(args, rows, 4); }
+    FEW_TARGET static void int8_##rows(const tile_args *args) { few_tile(args, rows, INT8); } \
+    FEW_TARGET static void int4_##rows(const tile_args *args) { few_tile(args, rows, INT4); } \
+    FEW_TARGET static void halves_##rows(const tile_args *args) { few_tile(args, rows, HALVES); }
 TILE(1) TILE(2) TILE(3) TILE(4)
 #undef TILE
 static const tile_fn int8_tiles[] = {int8_1, int8_2, int8_3, int8_4};
 static const tile_fn int4_tiles[] = {int4_1, int4_2, int4_3, int4_4};
+static const tile_fn halves_tiles[] = {halves_1, halves_2, halves_3, halves_4};
 
 #define FEW_SET(bits, index) \
     FEW_TARGET static void int##bits##_take(const uint16_t *x, int64_t count, void *out) { \
@@ -150,3 +164,5 @@ static const tile_fn int4_tiles[] = {int4_1, int4_2, int4_3, int4_4};
 FEW_SET(8, 0)
 FEW_SET(4, 1)
 #undef FEW_SET
+static const tile_set halves_set = {.tiles = halves_tiles, .tile_rows = QUANTIZED_ROWS, .take = int8_take,
+                                    .take_nbytes = sizeof(few_group)};

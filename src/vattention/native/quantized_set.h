@@ -20,7 +20,8 @@ TARGET INLINE void NAME(widen)(const int8_t *line, const float *scales, float *o
     }
 }
 
-TARGET static void NAME(unpack)(const vattention_weight *weight, const uint8_t *group, float *out) {
+TARGET static void NAME(unpack)(const vattention_weight *weight, const uint8_t *group, const uint8_t *lower_line,
+                                float *out) {
     const int64_t after = num_groups(weight) * group_nbytes(weight);
     for (int64_t i = num_groups(weight); i > 0; i--) {
         float scales[COLUMNS];
@@ -30,7 +31,7 @@ TARGET static void NAME(unpack)(const vattention_weight *weight, const uint8_t *
             scales[column] = widened(bits);
         }
         const uint8_t *line = group + 2 * COLUMNS;
-        for (int step = 0; step < GROUP; step += weight->format == INT4 ? 8 : 4) {
+        for (int step = 0; step < GROUP; step += weight->format == INT8 ? 4 : 8) {
             for (int half = 0; half < 2; half++, line += LINE) {
                 float *to = out + step * COLUMNS + half * HALF;
                 __builtin_prefetch(line + after, 0, 2);
@@ -39,6 +40,14 @@ TARGET static void NAME(unpack)(const vattention_weight *weight, const uint8_t *
                     NAME(translate)(line, low, high);
                     NAME(widen)(low, scales + half * HALF, to, 4);
                     NAME(widen)(high, scales + half * HALF, to + 2 * COLUMNS, 4);
+                } else if (weight->format == HALVES) {
+                    int8_t first[LINE], second[LINE];
+                    const uint8_t *upper = line, *lower = lower_line;
+                    lower_line += LINE;
+                    __builtin_prefetch(lower + num_groups(weight) * HALVES_NBYTES, 0, 2);
+                    JOIN_HALVES
+                    NAME(widen)(first, scales + half * HALF, to, 2);
+                    NAME(widen)(second, scales + half * HALF, to + 4 * COLUMNS, 2);
                 } else {
                     NAME(widen)((const int8_t *)line, scales + half * HALF, to, 2);
                 }

@@ -25,8 +25,8 @@ SCREEN_TARGET INLINE void judge(const screening *j, int64_t row, int64_t panel, 
         const __m512 sums = _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[half]), _mm512_set1_ps(256.0f),
                                             _mm512_cvtepi32_ps(low[half]));
         value[half] = _mm512_mul_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(s->scales + at),
-                                                        _mm512_set1_ps(j->factors[row])));
-        error[half] = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->norms[row]));
+                                                        _mm512_set1_ps(j->groups[row].unit)));
+        error[half] = _mm512_mul_ps(_mm512_loadu_ps(s->errors + at), _mm512_set1_ps(j->groups[row].norm));
     }
     bound(j, row, panel, value, error, lower);
 }
@@ -124,9 +124,11 @@ SCREEN_TARGET static void by_tiles(const screening *j, int64_t first, int64_t co
     }
 }
 
+static const screen_kind bytes = {.by_vectors = by_vectors, .by_tiles = by_tiles};
+
 SCREEN_TARGET static void work(void *argument) {
     screening *j = argument;
-    const int tiles = vattention_has_tiles() == 2;
+    const int tiles = vattention_has_tiles() == 2 && j->kind->by_tiles;
     const int64_t together = tiles ? TILE_TOKENS : VECTOR_TOKENS;
     float *lower = j->lower + j->num_rows * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
     if (tiles) {
@@ -140,7 +142,7 @@ SCREEN_TARGET static void work(void *argument) {
         for (int64_t panel = begin; panel < begin + j->panels_each && panel < j->num_panels; panel++) {
             for (int64_t first = 0; first < j->num_rows; first += together) {
                 const int64_t count = j->num_rows - first < together ? j->num_rows - first : together;
-                (tiles ? j->by_tiles : j->by_vectors)(j, first, count, panel, lower);
+                (tiles ? j->kind->by_tiles : j->kind->by_vectors)(j, first, count, panel, lower);
             }
         }
     }
@@ -152,11 +154,12 @@ SCREEN_TARGET static void work(void *argument) {
 /* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
 enum { WORTHWHILE = 4 };
 
-/* A row in 16 bits: its bytes, its unit and its length; 0 where its numbers are of no use for bounds. */
-static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high, float *unit, float *norm) {
+/* A group of numbers in 16 bits: its bytes, the rest of which are zeros, and more; 0 where its numbers are of no use for
+ * bounds. */
+static int split(const uint16_t *x, int64_t count, const int swapped, int8_t *high, int8_t *low, screen_group *group) {
     float most = 0.0f;
     double squares = 0.0;
-    for (int64_t k = 0; k < num_in; k++) {
+    for (int64_t k = 0; k < count; k++) {
         const float value = widened(x[k]);
         most = fabsf(value) > most ? fabsf(value) : most;
         squares += (double)value * value;
@@ -164,29 +167,73 @@ static int split(const uint16_t *x, int64_t num_in, int64_t width, int8_t *high,
     if (!(squares < (double)LARGEST * LARGEST) || (most > 0.0f && most < SMALLEST)) {
         return 0;
     }
-    *unit = most / 32512.0f;
-    *norm = (float)sqrt(squares) * 1.00001f;
     const float factor = most > 0.0f ? 32512.0f / most : 0.0f;
-    int8_t *low = high + width;
-    memset(high, 0, (size_t)(2 * width));
-    for (int64_t k = 0; k < num_in; k++) {
+    *group = (screen_group){.unit = most / 32512.0f, .norm = (float)sqrt(squares) * 1.00001f};
+    for (int64_t k = 0; k < count; k++) {
         const int32_t number = (int32_t)lrintf(widened(x[k]) * factor);
         const int32_t upper = (number + 128) >> 8;
-        high[k] = (int8_t)upper;
-        low[k] = (int8_t)(number - 256 * upper);
+        const int64_t at = swapped && (k % 4 == 1 || k % 4 == 2) ? k ^ 3 : k;
+        high[at] = (int8_t)upper;
+        low[at] = (int8_t)(number - 256 * upper);
+        group->sum += number;
     }
     return 1;
 }
 
-typedef struct {
-    const vattention_weight *weight;
-    const vattention_screen *screen;
-    int64_t next; /* panel, taken atomically */
-    int32_t bad;
-} pack_job;
+/* All rows; 0 where a number of theirs is of no use for bounds. */
+static int split_rows(const screening *s, const uint16_t *x, int64_t x_stride, int8_t *rows, screen_group *groups) {
+    const int64_t num_in = s->weight->num_in, width = s->screen->num_steps * STEP;
+    const int64_t each = s->kind->group ? s->kind->group : width;
+    for (int64_t m = 0; m < s->num_rows; m++, x += x_stride, rows += 2 * width) {
+        for (int64_t k = 0; k < num_in; k += each) {
+            const int64_t count = num_in - k < each ? num_in - k : each;
+            if (!split(x + k, count, s->kind->swapped, rows + k, rows + width + k, groups++)) {
+                return 0;
+            }
+        }
+    }
+    return 1;
+}
+
+/* The panels in which some row's largest number may be, in ascending order: `found`, the number of them.
+ *
+ * A row's number in the panel of its largest upper bound is known exactly before; panels with upper bounds below it are
+ * none of them. Returns -1 where memory ran short. */
+static int64_t find(const screening *s, const void *x, int64_t x_stride, int64_t *columns, float *values, int32_t *found,
+                    int32_t num_threads, parallel_fn parallel) {
+    int64_t num_found = 0;
+    memset(found, 0, (size_t)s->num_panels * sizeof(*found));
+    for (int64_t m = 0; m < s->num_rows; m++) {
+        const float *upper = s->upper + m * s->num_panels;
+        int64_t most = 0;
+        for (int64_t panel = 1; panel < s->num_panels; panel++) {
+            most = upper[panel] > upper[most] ? panel : most;
+        }
+        found[most] = 1;
+    }
+    for (int64_t panel = 0; panel < s->num_panels; panel++) {
+        const int32_t own = found[panel];
+        found[num_found] = (int32_t)panel;
+        num_found += own;
+    }
+    if (vattention_largest(s->weight, found, num_found, x, x_stride, s->num_rows, s->noise, columns, values,
+                            num_threads, parallel)) {
+        return -1;
+    }
+    num_found = 0;
+    for (int64_t panel = 0; panel < s->num_panels; panel++) {
+        int reaches = 0;
+        for (int64_t m = 0; m < s->num_rows; m++) {
+            reaches |= !(s->upper[m * s->num_panels + panel] < values[m]);
+        }
+        found[num_found] = (int32_t)panel;
+        num_found += reaches;
+    }
+    return num_found;
+}
 
 static void pack(void *argument) {
-    pack_job *j = argument;
+    screen_pack_job *j = argument;
     const vattention_screen *s = j->screen;
     const int64_t width = s->num_steps * STEP, num_in = j->weight->num_in;
     const int64_t num_panels = (s->num_out + COLUMNS - 1) / COLUMNS;
@@ -250,12 +297,13 @@ int32_t vattention_can_screen(void) {
 #endif
 }
 
-/* Fills in the copy of a bfloat16 weight. Returns 0, or -1 where a number of the weight is too large or none. */
+/* Fills in the screen of a weight: bfloat16's copy, or what is known of one in halves. Returns 0, or -1 where a number of
+ * the weight is too large or none. */
 int32_t vattention_screen_pack(const vattention_screen *screen, const vattention_weight *weight, int32_t num_threads,
                                parallel_fn parallel) {
 #ifdef HAVE_SCREEN
-    pack_job j = {.weight = weight, .screen = screen};
-    parallel(pack, &j, (unsigned)num_threads, 0);
+    screen_pack_job j = {.weight = weight, .screen = screen};
+    parallel(weight->format == HALVES ? vattention_halves_pack : pack, &j, (unsigned)num_threads, 0);
     return j.bad ? -1 : 0;
 #else
     (void)screen, (void)weight, (void)num_threads, (void)parallel;
@@ -273,53 +321,43 @@ int32_t vattention_screened_largest(const vattention_screen *screen, const vatte
     (void)screen;
 #ifdef HAVE_SCREEN
     const int64_t width = screen->num_steps * STEP, num_panels = (screen->num_out + COLUMNS - 1) / COLUMNS;
+    screening s = {.screen = screen, .weight = weight, .noise = noise, .num_rows = num_rows};
+    s.num_panels = num_panels;
+    s.kind = weight->format == HALVES ? &vattention_halves : &bytes;
+    s.num_groups = s.kind->group ? (weight->num_in + s.kind->group - 1) / s.kind->group : 1;
+    s.panels_each = num_panels / (16 * num_threads) + 1;
     /* Matrix tiles read whole tiles of rows. */
-    const int64_t padded_rows = (2 * num_rows + 31) / 32 * 32;
-    const size_t floats = (size_t)(num_rows * (2 + num_panels + num_threads));
-    char *memory = aligned_alloc(64, ((size_t)(padded_rows * width) + (floats + (size_t)num_panels) * 4 + 63) / 64 * 64);
+    const int64_t rows_nbytes = (2 * num_rows + 31) / 32 * 32 * width;
+    const int64_t groups_nbytes = num_rows * s.num_groups * (int64_t)sizeof(screen_group);
+    const int64_t nbytes = rows_nbytes + groups_nbytes +
+                           ((num_rows + 1) * num_panels + num_rows * num_threads) * (int64_t)sizeof(float);
+    char *memory = aligned_alloc(64, (size_t)(nbytes + 63) / 64 * 64);
     if (memory == NULL) {
         return -1;
     }
     int8_t *rows = (int8_t *)memory;
-    float *factors = (float *)(memory + padded_rows * width), *norms = factors + num_rows, *lower = norms + num_rows;
-    float *upper = lower + num_threads * num_rows;
-    int32_t *found = (int32_t *)(upper + num_rows * num_panels);
-    screening j = {.screen = screen, .by_vectors = by_vectors, .by_tiles = by_tiles, .rows = rows, .num_rows = num_rows};
-    j.noise = noise;
-    j.factors = factors;
-    j.norms = norms;
-    j.num_panels = num_panels;
-    j.panels_each = num_panels / (16 * num_threads) + 1;
-    j.upper = upper;
-    j.lower = lower;
-    int good = 1;
-    for (int64_t m = 0; m < num_rows && good; m++) {
-        good = split((const uint16_t *)x + m * x_stride, weight->num_in, width, rows + 2 * m * width, &factors[m], &norms[m]);
+    screen_group *groups = (screen_group *)(memory + rows_nbytes);
+    int32_t *found = (int32_t *)(memory + rows_nbytes + groups_nbytes);
+    s.rows = rows;
+    s.groups = groups;
+    s.upper = (float *)(found + num_panels);
+    s.lower = s.upper + num_rows * num_panels;
+    memset(rows, 0, (size_t)rows_nbytes);
+    for (int64_t i = 0; i < num_threads * num_rows; i++) {
+        s.lower[i] = -INFINITY;
     }
-    if (good) {
-        memset(rows + 2 * num_rows * width, 0, (size_t)((padded_rows - 2 * num_rows) * width));
-        for (int64_t i = 0; i < num_threads * num_rows; i++) {
-            lower[i] = -INFINITY;
-        }
+    if (split_rows(&s, x, x_stride, rows, groups)) {
         if (num_threads == 1) {
-            work(&j);
+            work(&s);
         } else {
-            parallel(work, &j, (unsigned)num_threads, 0);
+            parallel(work, &s, (unsigned)num_threads, 0);
         }
-        for (int64_t m = 0; m < num_rows; m++) {
-            for (int64_t i = 1; i < num_threads; i++) {
-                lower[m] = lower[i * num_rows + m] > lower[m] ? lower[i * num_rows + m] : lower[m];
-            }
-        }
-        for (int64_t panel = 0; panel < num_panels; panel++) {
-            int reaches = 0;
-            for (int64_t m = 0; m < num_rows; m++) {
-                reaches |= !(upper[m * num_panels + panel] < lower[m]);
-            }
-            found[num_candidates] = (int32_t)panel;
-            num_candidates += reaches;
-        }
+        num_candidates = find(&s, x, x_stride, columns, values, found, num_threads, parallel);
         candidates = num_candidates < num_panels / WORTHWHILE ? found : NULL;
+    }
+    if (num_candidates < 0) {
+        free(memory);
+        return -1;
     }
 #endif
     const int32_t status = vattention_largest(weight, candidates, num_candidates, x, x_stride, num_rows, noise, columns,

@@ -36,17 +36,45 @@ typedef struct screening screening;
 /* Finds the bounds of rows [first, first + count) in one panel; `lower` is the thread's own. */
 typedef void (*screen_fn)(const screening *s, int64_t first, int64_t count, int64_t panel, float *lower);
 
+/* A way to screen. */
+typedef struct {
+    screen_fn by_vectors, by_tiles;
+    int64_t group; /* steps of x that share a unit, or 0 for all */
+    int swapped;   /* the second and the third of four numbers change places, as in lines of quantized.c */
+} screen_kind;
+
+/* That of weights in halves. */
+extern const screen_kind vattention_halves;
+
+/* A group of a row of x, in 16 bits. */
+typedef struct {
+    float unit, norm; /* of its numbers, and their length */
+    int32_t sum;      /* of whole numbers; only good for groups of less than 2^16 */
+} screen_group;
+
 struct screening {
     const vattention_screen *screen;
-    screen_fn by_vectors, by_tiles;
+    const vattention_weight *weight;
+    const screen_kind *kind;
     const int8_t *rows; /* [2 * num_rows, 4 * steps]: a row's upper bytes, then its lower ones */
-    const float *factors, *norms;
+    const screen_group *groups; /* [num_rows, num_groups] */
     const vattention_noise *noise; /* of each row, or NULL */
-    int64_t num_rows, num_panels, panels_each;
+    int64_t num_groups, num_rows, num_panels, panels_each;
     float *upper; /* [num_rows, num_panels] */
     float *lower; /* [threads, num_rows] */
     int64_t next_thread, next_item; /* taken atomically */
 };
+
+/* The making of a screen. */
+typedef struct {
+    const vattention_weight *weight;
+    const vattention_screen *screen;
+    int64_t next; /* panel, taken atomically */
+    int32_t bad;
+} screen_pack_job;
+
+/* A thread's share for a weight in halves. */
+void vattention_halves_pack(void *job);
 
 /* One row's bounds in one panel, from its products and what they may be off by. Rounding keeps order, so those of a product
  * are also its bounds after noise is added to all of them. */

@@ -21,6 +21,7 @@ class WeightFormat(IntEnum):
     PLAIN = 0
     INT8 = 1
     INT4 = 2
+    HALVES = 3
 
 
 class LinearWeight(ctypes.Structure):
