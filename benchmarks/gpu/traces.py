@@ -15,6 +15,7 @@ from vattention.sampling_params import SamplingParams
 MOST_OUTPUT = 256
 MANAGERS: dict[str, dict[str, object]] = {
     "virtual": {"kv": "virtual"},
+    "virtual, no graphs": {"kv": "virtual", "enforce_eager": True},
     "virtual, sliced": {"kv": "virtual", "kv_layout": "sliced"},
     "paged 16": {"kv": "paged", "block_size": 16},
     "paged 256": {"kv": "paged", "block_size": 256},

@@ -37,9 +37,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
 
 
 class Rig:
-    def __init__(self, kernel: str = "auto") -> None:
+    def __init__(self, kernel: str = "auto", kv_memory: str = "64MiB") -> None:
+        self.num_preemptions = 0
         self.model = tiny_llama()
-        self.config = EngineConfig(model="none", max_num_seqs=4, max_num_batched_tokens=16, kv_memory="64MiB")
+        self.config = EngineConfig(model="none", max_num_seqs=4, max_num_batched_tokens=16, kv_memory=kv_memory)
         attention = probe(self.model)
         self.manager: KVManager = create_manager(
             self.config, attention.cache_specs, dtype=torch.float32, device="cpu", max_len=MAX_LEN
@@ -54,7 +55,11 @@ class Rig:
             engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
         found: dict[str, list[int]] = {}
         while engine.has_unfinished_requests():
-            found |= {output.request_id: output.outputs[0].token_ids for output in engine.step()}
+            outputs = engine.step()
+            found |= {output.request_id: output.outputs[0].token_ids for output in outputs}
+            self.num_preemptions += sum(
+                o.metrics.num_preemptions for o in outputs if o.finished and o.metrics is not None
+            )
         engine.close()
         return [found[str(index)] for index in range(len(PROMPTS))]
 
@@ -66,6 +71,14 @@ def test_an_engine_generates_the_same_tokens(graphs: FakeCapture) -> None:
     assert graphs.num_replays == 1  # verifying them
     assert rig.generate() == expected
     assert graphs.num_replays > 60
+
+
+def test_preempted_sequences_come_back_to_other_slots(graphs: FakeCapture) -> None:
+    expected = Rig().generate()
+    rig = Rig(kv_memory="72KiB")
+    capture_decode(rig.model, rig.runner, rig.manager, graphs)
+    assert rig.generate() == expected
+    assert rig.num_preemptions > 0
 
 
 def test_a_kernel_that_cannot_be_captured_is_no_trouble(
