@@ -24,6 +24,7 @@ class FakeTorchCuda:
 
     def __init__(self) -> None:
         self.diary: list[str] = []
+        self.num_pools = 0
 
     def Stream(self, device: torch.device) -> Any:  # noqa: N802 (torch's name)
         return self._stream("side")
@@ -37,8 +38,9 @@ class FakeTorchCuda:
         )
 
     def graph_pool_handle(self) -> tuple[int, int]:
+        self.num_pools += 1
         self.diary.append("pool")
-        return (0, 1)
+        return (0, self.num_pools)
 
     def CUDAGraph(self) -> Any:  # noqa: N802
         return SimpleNamespace(replay=lambda: self.diary.append("replay"))
@@ -50,13 +52,15 @@ class FakeTorchCuda:
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
         self.diary.append(f"on {stream.name}")
-        yield
-        self.diary.append("off")
+        try:
+            yield
+        finally:
+            self.diary.append("off")
 
     @contextmanager
     def graph(self, *arguments: Any, **keywords: Any) -> Iterator[None]:
         bound = inspect.signature(REAL_GRAPH.__init__).bind(self, *arguments, **keywords).arguments
-        assert bound["pool"] == (0, 1)
+        assert bound["pool"] == (0, self.num_pools)
         assert bound["stream"].name == "side"
         self.diary.append(f"capture {bound['capture_error_mode']}")
         yield
@@ -77,8 +81,25 @@ def test_warm_ups_come_first_and_other_threads_are_left_alone(monkeypatch: pytes
         capture(lambda: fake.diary.append("run"))()
     assert capture.in_use_nbytes == 70
     once = ["side waits for current", "on side", "run", "run", "off", "current waits for side"]
-    once += ["capture thread_local", "run", "captured", "replay"]
+    once += ["on current", "capture thread_local", "run", "captured", "off", "replay"]
     assert fake.diary == ["pool", *once, *once, "synchronize"]
+
+
+def test_a_capture_that_is_broken_off_leaves_its_stream_and_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTorchCuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    capture = CudaCapture(torch.device("cuda", 0))
+
+    def asks_the_device() -> None:
+        if any(entry.startswith("capture ") for entry in fake.diary):
+            raise RuntimeError("not permitted")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture(asks_the_device)
+    assert fake.diary[-2:] == ["off", "pool"]
+    fake.diary.clear()
+    capture(lambda: None)
+    assert "captured" in fake.diary
 
 
 @needs_gpu

@@ -46,6 +46,8 @@ class CudaCapture:
         with torch.cuda.device(device):
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             self._pool = torch.cuda.graph_pool_handle()
+        self._failed: list[torch.cuda.CUDAGraph] = []
+        """Captures that were broken off: torch's allocator goes on asking them whether an allocation is theirs."""
 
     def __call__(self, function: Callable[[], object]) -> Replay:
         with torch.cuda.device(self._device):
@@ -56,9 +58,21 @@ class CudaCapture:
                     function()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Only this thread is held to what a capture allows: the mapper goes on beside it.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                function()
+            try:
+                # The outer block brings the current stream back, which a capture that is broken off does not. Only
+                # this thread is held to what a capture allows: the mapper goes on beside it.
+                with (
+                    torch.cuda.stream(current),
+                    torch.cuda.graph(
+                        graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                    ),
+                ):
+                    function()
+            except BaseException:
+                self._failed.append(graph)
+                # A pool that was being taken from cannot be used again.
+                self._pool = torch.cuda.graph_pool_handle()
+                raise
         replay: Replay = graph.replay
         return replay
 
