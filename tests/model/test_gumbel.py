@@ -84,14 +84,19 @@ def logits_of(num_rows: int, vocab: int, spread: float) -> Tensor:
 CASES = [(1, 1.0), (31, 0.0), (32, 1.0), (33, 5.0), (5003, 0.0), (5003, 1e-4), (5003, 3.0), (40_000, 20.0)]
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.fixture(params=[None, 4, 8, 16])
+def library(request: pytest.FixtureRequest, kernels_of_lanes: Callable[..., Path]) -> Kernels:
+    """The installed kernels, and those for narrower vectors."""
+    installed = kernels()
+    if installed is None:
+        pytest.skip("no compiled kernels on this machine")
+    return installed if request.param is None else Kernels(kernels_of_lanes(request.param))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compiled_noise_is_the_same_to_the_bit(
-    lanes: int, threads: int, kernels_of_lanes: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    library: Kernels, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernels() is None:
-        pytest.skip("no compiled kernels on this machine")
-    library = Kernels(kernels_of_lanes(lanes))
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for vocab, spread in CASES:
         logits, noise = logits_of(18, vocab, spread), noise_of(18)
@@ -99,6 +104,27 @@ def test_compiled_noise_is_the_same_to_the_bit(
             np.testing.assert_array_equal(own, expected)
         greedy = library.largest_of(logits)
         np.testing.assert_array_equal(greedy[0], logits.numpy().argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("level", [-50.0, 0.0, 7.0])
+def test_the_least_lead_is_seen(library: Kernels, temperature: float, level: float) -> None:
+    """Hashes that tell which noise need not be computed: of two numbers the second one wins by a last bit."""
+    draws, late = 20_000, 45
+    noise = noise_of(draws, (temperature,))
+    logits = torch.full((draws, late + 1), -torch.inf)
+    logits[:, 0] = level
+    _, first = without_kernels(logits, noise)
+    logits[:, 0], logits[:, late] = -torch.inf, 0.0
+    _, own = without_kernels(logits, noise)
+    second = first - own
+    while (behind := second + own <= first).any():
+        second[behind] = np.nextafter(second[behind], np.float32(np.inf))
+    logits[:, 0], logits[:, late] = level, torch.from_numpy(second)
+    assert (library.largest_of(logits, noise)[0] == late).all()
+    less = np.nextafter(first, np.float32(-np.inf)) - own
+    logits[:, late] = torch.from_numpy(less)
+    assert ((library.largest_of(logits, noise)[0] == late) == (less + own > first)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
