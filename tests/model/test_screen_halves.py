@@ -63,11 +63,11 @@ def same_largest(weight: Tensor, x: Tensor) -> None:
 def hard_weight(lower: float) -> Tensor:
     """Rows whose numbers in the group of `ones` are wholly known to the last bit, but not by their upper halves.
 
-    EXACT has them at `lower` above a multiple of 16, MISLEADING at that multiple; all others are zero.
+    EXACT has them at `lower` above a multiple of 16, MISLEADING nearly all at such a multiple; others are zero.
     """
     weight = torch.zeros(64 * 32, 64)
     weight[EXACT, 0], weight[EXACT, 1:32] = 127.0, lower
-    weight[MISLEADING, 0], weight[MISLEADING, 1:32] = 111.0, 14.0
+    weight[MISLEADING, 0], weight[MISLEADING, 1:31], weight[MISLEADING, 31] = 119.0, 15.0, 9.375
     return weight.bfloat16()
 
 
@@ -147,6 +147,19 @@ def test_many_rows_are_all_computed(useful: list[bool]) -> None:
     for rows in (1, 16, 2):
         layer.largest(ones(rows))
     assert useful == [True, True]
+
+
+def test_rests_become_longer_until_it_is_of_use() -> None:
+    layer = screened(torch.ones(32 * 50, 64).bfloat16())
+    screen = layer._screen
+    assert screen is not None
+    rests = []
+    for useful in (False, False, False, False, False, True, False):
+        screen.note(useful)
+        rests.append(0)
+        while screen.take_rest():
+            rests[-1] += 1
+    assert rests == [1, 2, 4, 8, 8, 0, 1]
 
 
 def test_only_of_halves_and_without_a_bias() -> None:

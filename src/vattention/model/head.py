@@ -23,7 +23,7 @@ _KEPT_NUMBERS = 1 << 24
 """Most logits whose memory is kept for the next forward."""
 
 _SCREENED_NBYTES = 32 << 20
-"""Output layers from this size on, beyond most caches, are worth a copy in 8 bits that finds next tokens."""
+"""Output layers from this size on, beyond most caches, are worth a screen that finds next tokens."""
 
 
 class HiddenStates:
@@ -93,5 +93,5 @@ def plain_output_layer(model: PreTrainedModel) -> NativeLinear | None:
     if not same:
         return None
     if layer.nbytes >= _SCREENED_NBYTES and layer.screen():
-        _log.debug("the output layer is screened in 8 bits")
+        _log.debug("the output layer is screened")
     return layer

@@ -27,8 +27,8 @@ COLUMNS = 32
 _MOST_SCREENED = 1 << 16
 """Inputs of a screened layer whose products of bytes 32 bits can surely sum."""
 
-_RESTS = 8
-"""Steps without a screen after one that was of no use."""
+_MOST_RESTS = 8
+"""Steps without a screen after several that were of no use."""
 
 
 class LinearMethod(Protocol):
@@ -226,15 +226,14 @@ class NativeLinear:
         if self._screen is None or x.shape[0] > self._screen.most_rows or self._screen.take_rest():
             return self._kernels.largest(self._native, x, noise)
         largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x, noise)
-        if not useful:
-            self._screen.rest()
+        self._screen.note(useful)
         return largest
 
     def screen(self) -> bool:
-        """Keep a copy of the weight in 8 bits, so that `largest` reads half as much memory, with the same results.
+        """Let `largest` read about half as much memory, with the same results: by a copy of the weight in 8 bits.
 
-        Whether this was done: it takes a processor with the instructions, plain bfloat16, sums that fit into 32
-        bits, and no bias.
+        Whether this was done: it takes a processor with the instructions, bfloat16, plain or quantized in halves,
+        sums that fit into 32 bits, and no bias.
         """
         if self._kernels.can_screen and self._bias is None and self._dtype == torch.bfloat16:
             screen = self._screen_of()
@@ -261,7 +260,7 @@ class Screen:
     """Memory of what finds a weight's largest products, as screen.c or screen_halves.c describes it, not filled in.
 
     Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. The
-    next tokens are likely to be no better, so it rests a while.
+    next tokens may be no better, so it rests, twice as long each time.
 
     Args:
         tensors: numbers, scales, errors and sums, as `vattention_screen` has them.
@@ -279,6 +278,7 @@ class Screen:
         self.most_rows = most_rows
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
         self._num_rests = 0
+        self._next_rests = 1
 
     def take_rest(self) -> bool:
         """Whether to do without it this time; asked once in each step."""
@@ -286,8 +286,13 @@ class Screen:
         self._num_rests -= rests
         return rests
 
-    def rest(self) -> None:
-        self._num_rests = _RESTS
+    def note(self, useful: bool) -> None:
+        """What came of using it."""
+        if useful:
+            self._next_rests = 1
+        else:
+            self._num_rests = self._next_rests
+            self._next_rests = min(2 * self._next_rests, _MOST_RESTS)
 
 
 def _panels_of(weight: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ SCREEN_TARGET static void work(void *argument) {
 }
 
 /* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
-enum { WORTHWHILE = 4 };
+enum { WORTHWHILE = 3 };
 
 /* A group of numbers in 16 bits: its bytes, the rest of which are zeros, and more; 0 where its numbers are of no use for
  * bounds. */
