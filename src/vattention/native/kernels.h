@@ -141,8 +141,11 @@ enum { TALL = 128 };
 
 int vattention_can_tall(const vattention_weight *weight);
 
-int32_t vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
-                        int32_t y_dtype, const vattention_gating *gating, int32_t num_threads, parallel_fn parallel);
+int64_t vattention_tall_nbytes(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads);
+
+void vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
+                     int32_t y_dtype, const vattention_gating *gating, void *workspace, int32_t num_threads,
+                     parallel_fn parallel);
 
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
                            int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns, float *values,
@@ -180,6 +183,21 @@ void vattention_prefill(const vattention_heads *heads, const vattention_cache *k
                         const vattention_tables *tables, const void *query, int64_t query_row_stride,
                         int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output, void *workspace,
                         int32_t num_threads, parallel_fn parallel);
+
+void vattention_append(const vattention_layer *layer, const vattention_cache *keys, const vattention_cache *values,
+                       const vattention_tables *tables, const vattention_span *span, const void *rows);
+
+int vattention_layer_is_tall(const vattention_layer *layer, int64_t num_rows, int32_t num_threads);
+
+int64_t vattention_layer_tall_nbytes(const vattention_layer *layer, int64_t num_rows, int32_t num_threads);
+
+void vattention_layer_tall_before(const vattention_layer *layer, const vattention_cache *keys,
+                                  const vattention_cache *values, const vattention_tables *tables,
+                                  const vattention_batch *batch, const void *cosines, const void *sines, void *x,
+                                  void *rows, void *workspace, int32_t num_threads, parallel_fn parallel);
+
+void vattention_layer_tall_behind(const vattention_layer *layer, void *attended, int64_t num_rows, void *x, void *workspace,
+                                  int32_t num_threads, parallel_fn parallel);
 
 int64_t vattention_layer_nbytes(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads);
 

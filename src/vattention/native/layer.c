@@ -8,7 +8,7 @@
  */
 #include "kernels.h"
 
-#include <string.h>
+#include <stddef.h>
 
 /* Rows that go through the block behind attention together, so that what lies between its products stays in the
  * second-level cache. */
@@ -18,55 +18,40 @@ static int64_t bytes(int32_t dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 static int64_t lines(int64_t nbytes) { return (nbytes + 63) / 64 * 64; }
 
-/* Where the parts of the workspace begin; the block behind attention and long attention share the last. */
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Whether the gate is computed with the product before it. */
+static int gates_tall(const vattention_layer *layer, int64_t num_rows) {
+    return num_rows >= TALL && vattention_can_tall(layer->gate_up) && layer->down->num_in % COLUMNS == 0;
+}
+
+/* Where the parts of the workspace begin; the block behind attention, long attention and the parts of `layer_tall.c`
+ * share the last. */
 typedef struct {
-    int64_t rows, attended, gate_up, gated, prefill, end;
+    int64_t rows, attended, gate_up, gated, shared, end;
 } places;
 
 static places places_of(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads) {
     const int64_t item = bytes(layer->dtype), n = batch->num_tokens, block = n < BLOCK_ROWS ? n : BLOCK_ROWS;
     places at = {.rows = lines(n * layer->hidden * item)};
     at.attended = at.rows + lines(n * layer->query_key_value->num_out * item);
-    at.gate_up = at.prefill = at.attended + lines(n * layer->attention_out->num_in * item);
-    at.gated = at.gate_up + lines(block * layer->gate_up->num_out * item);
+    at.gate_up = at.shared = at.attended + lines(n * layer->attention_out->num_in * item);
+    const int64_t gating = gates_tall(layer, block) ? vattention_tall_nbytes(layer->gate_up, block, 1, num_threads) : 0;
+    at.gated = at.gate_up + lines(larger(block * layer->gate_up->num_out * item, gating));
     const int64_t behind = at.gated + lines(block * layer->down->num_in * item);
     const int64_t prefill =
-        at.prefill + vattention_prefill_nbytes(layer->heads, batch->long_spans, batch->num_long, num_threads);
-    at.end = behind > prefill ? behind : prefill;
+        at.shared + vattention_prefill_nbytes(layer->heads, batch->long_spans, batch->num_long, num_threads);
+    at.end = larger(behind, prefill);
+    if (vattention_layer_is_tall(layer, n, num_threads)) {
+        const int64_t tall = at.shared + vattention_layer_tall_nbytes(layer, n, num_threads);
+        at.end = larger(at.end, tall);
+    }
     return at;
 }
 
 /* Bytes of workspace for a batch. */
 int64_t vattention_layer_nbytes(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads) {
     return places_of(layer, batch, num_threads).end;
-}
-
-static char *place(const vattention_cache *cache, const vattention_tables *tables, int64_t slot, int64_t position,
-                   int64_t item) {
-    if (tables->block_size == 0) {
-        return (char *)cache->numbers + (slot * cache->slot_stride + position * cache->token_stride) * item;
-    }
-    const int64_t block = tables->blocks[slot * tables->slot_stride + position / tables->block_size];
-    const int64_t offset = position % tables->block_size;
-    return (char *)cache->numbers + (block * cache->slot_stride + offset * cache->token_stride) * item;
-}
-
-/* Stores the keys and values behind each token's queries. */
-static void append(const vattention_layer *layer, const vattention_cache *keys, const vattention_cache *values,
-                   const vattention_tables *tables, const vattention_span *span, const char *rows) {
-    const vattention_heads *heads = layer->heads;
-    const int64_t item = bytes(layer->dtype), row_nbytes = layer->query_key_value->num_out * item;
-    const int64_t key_nbytes = heads->key_dim * item, value_nbytes = heads->value_dim * item;
-    for (int64_t i = 0; i < span->num_rows; i++) {
-        char *key = place(keys, tables, span->slot, span->start + i, item);
-        char *value = place(values, tables, span->slot, span->start + i, item);
-        const char *from = rows + (span->first_row + i) * row_nbytes + heads->num_heads * key_nbytes;
-        const char *from_value = from + heads->num_kv_heads * key_nbytes;
-        for (int64_t head = 0; head < heads->num_kv_heads; head++) {
-            memcpy(key + head * keys->head_stride * item, from + head * key_nbytes, (size_t)key_nbytes);
-            memcpy(value + head * values->head_stride * item, from_value + head * value_nbytes, (size_t)value_nbytes);
-        }
-    }
 }
 
 typedef struct {
@@ -92,14 +77,58 @@ static int32_t linear(const call *c, const vattention_weight *weight, const void
 /* gated[num_rows, width] of the block behind attention; `gate_up` is for what lies between. */
 static int32_t gate(const call *c, const void *x, void *gate_up, void *gated, int64_t num_rows) {
     const vattention_layer *layer = c->layer;
-    if (num_rows >= TALL && vattention_can_tall(layer->gate_up) && layer->down->num_in % COLUMNS == 0) {
-        return vattention_tall(layer->gate_up, x, layer->hidden, num_rows, gated, layer->dtype, &layer->gating,
-                               c->num_threads, c->parallel);
+    if (gates_tall(layer, num_rows)) {
+        vattention_tall(layer->gate_up, x, layer->hidden, num_rows, gated, layer->dtype, &layer->gating, gate_up,
+                        c->num_threads, c->parallel);
+        return 0;
     }
     const int32_t status = linear(c, layer->gate_up, x, gate_up, num_rows);
     if (status == 0) {
         vattention_gate(gate_up, gated, num_rows, layer->down->num_in, layer->gating.linear, layer->gating.cubic,
                         layer->dtype, c->num_threads, c->parallel);
+    }
+    return status;
+}
+
+static int32_t attend(const call *c, const vattention_cache *keys, const vattention_cache *values,
+                      const vattention_tables *tables, const vattention_batch *batch, const char *rows, char *attended,
+                      char *workspace) {
+    const vattention_layer *layer = c->layer;
+    const vattention_heads *heads = layer->heads;
+    const int64_t width = layer->query_key_value->num_out;
+    int32_t status = 0;
+    if (batch->num_short > 0) {
+        status = vattention_attend(heads, keys, values, tables, layer->dtype, rows, width, heads->key_dim,
+                                   batch->short_spans, batch->num_short, NULL, attended, c->num_threads, c->parallel);
+    }
+    if (batch->num_long > 0) {
+        vattention_prefill(heads, keys, values, tables, rows, width, heads->key_dim, batch->long_spans, batch->num_long,
+                           attended, workspace, c->num_threads, c->parallel);
+    }
+    return status;
+}
+
+/* x[num_rows, hidden] through what follows attention, in place. */
+static int32_t behind(const call *c, const char *attended, int64_t num_rows, char *x, const places *at, char *normed) {
+    const vattention_layer *layer = c->layer;
+    char *gate_up = normed + at->gate_up, *gated = normed + at->gated;
+    int32_t status = linear(c, layer->attention_out, attended, normed, num_rows);
+    if (status == 0) {
+        vattention_join(&layer->after_attention, normed, x, num_rows, layer->hidden, layer->dtype, c->num_threads,
+                        c->parallel);
+    }
+    for (int64_t row = 0; status == 0 && row < num_rows; row += BLOCK_ROWS) {
+        const int64_t count = num_rows - row < BLOCK_ROWS ? num_rows - row : BLOCK_ROWS;
+        char *own = x + row * layer->hidden * bytes(layer->dtype);
+        const void *input = norm(c, &layer->before_mlp, own, normed, count);
+        status = gate(c, input, gate_up, gated, count);
+        if (status == 0) {
+            status = linear(c, layer->down, gated, normed, count);
+        }
+        if (status == 0) {
+            vattention_join(&layer->after_mlp, normed, own, count, layer->hidden, layer->dtype, c->num_threads,
+                            c->parallel);
+        }
     }
     return status;
 }
@@ -113,49 +142,37 @@ int32_t vattention_layer_forward(const vattention_layer *layer, const vattention
                                  const vattention_batch *batch, const void *cosines, const void *sines, void *x,
                                  int32_t num_threads, parallel_fn parallel) {
     const call c = {layer, num_threads, parallel};
-    const vattention_heads *heads = layer->heads;
-    const int64_t n = batch->num_tokens, width = layer->query_key_value->num_out;
+    const int64_t n = batch->num_tokens;
     const places at = places_of(layer, batch, num_threads);
     char *normed = batch->workspace, *rows = normed + at.rows, *attended = normed + at.attended;
-    char *gate_up = normed + at.gate_up, *gated = normed + at.gated;
+    char *shared = normed + at.shared;
 
-    const void *input = norm(&c, &layer->before_attention, x, normed, n);
-    int32_t status = linear(&c, layer->query_key_value, input, rows, n);
+    const int tall = vattention_layer_is_tall(layer, n, num_threads);
+    int32_t status = 0;
+    if (tall) {
+        vattention_layer_tall_before(layer, keys, values, tables, batch, cosines, sines, x, rows, shared, num_threads,
+                                     parallel);
+    } else {
+        const void *input = norm(&c, &layer->before_attention, x, normed, n);
+        status = linear(&c, layer->query_key_value, input, rows, n);
+        if (status != 0) {
+            return status;
+        }
+        vattention_rotate(layer->rotation, rows, cosines, sines, n, num_threads, parallel);
+        for (int64_t i = 0; i < batch->num_short; i++) {
+            vattention_append(layer, keys, values, tables, &batch->short_spans[i], rows);
+        }
+        for (int64_t i = 0; i < batch->num_long; i++) {
+            vattention_append(layer, keys, values, tables, &batch->long_spans[i], rows);
+        }
+    }
+    status = attend(&c, keys, values, tables, batch, rows, attended, shared);
     if (status != 0) {
         return status;
     }
-    vattention_rotate(layer->rotation, rows, cosines, sines, n, num_threads, parallel);
-    for (int64_t i = 0; i < batch->num_short; i++) {
-        append(layer, keys, values, tables, &batch->short_spans[i], rows);
+    if (tall) {
+        vattention_layer_tall_behind(layer, attended, n, x, shared, num_threads, parallel);
+        return 0;
     }
-    for (int64_t i = 0; i < batch->num_long; i++) {
-        append(layer, keys, values, tables, &batch->long_spans[i], rows);
-    }
-    if (batch->num_short > 0) {
-        status = vattention_attend(heads, keys, values, tables, layer->dtype, rows, width, heads->key_dim,
-                                   batch->short_spans, batch->num_short, NULL, attended, num_threads, parallel);
-    }
-    if (batch->num_long > 0) {
-        vattention_prefill(heads, keys, values, tables, rows, width, heads->key_dim, batch->long_spans, batch->num_long,
-                           attended, normed + at.prefill, num_threads, parallel);
-    }
-    if (status == 0) {
-        status = linear(&c, layer->attention_out, attended, normed, n);
-    }
-    if (status == 0) {
-        vattention_join(&layer->after_attention, normed, x, n, layer->hidden, layer->dtype, num_threads, parallel);
-    }
-    for (int64_t row = 0; status == 0 && row < n; row += BLOCK_ROWS) {
-        const int64_t count = n - row < BLOCK_ROWS ? n - row : BLOCK_ROWS;
-        char *own = (char *)x + row * layer->hidden * bytes(layer->dtype);
-        input = norm(&c, &layer->before_mlp, own, normed, count);
-        status = gate(&c, input, gate_up, gated, count);
-        if (status == 0) {
-            status = linear(&c, layer->down, gated, normed, count);
-        }
-        if (status == 0) {
-            vattention_join(&layer->after_mlp, normed, own, count, layer->hidden, layer->dtype, num_threads, parallel);
-        }
-    }
-    return status;
+    return behind(&c, attended, n, x, &at, normed);
 }

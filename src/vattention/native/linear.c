@@ -376,7 +376,13 @@ static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
 int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                           int32_t y_dtype, int32_t num_threads, parallel_fn parallel) {
     if (num_rows >= TALL && vattention_can_tall(weight)) {
-        return vattention_tall(weight, x, x_stride, num_rows, y, y_dtype, NULL, num_threads, parallel);
+        void *workspace = aligned_alloc(64, (size_t)vattention_tall_nbytes(weight, num_rows, 0, num_threads));
+        if (workspace == NULL) {
+            return -1;
+        }
+        vattention_tall(weight, x, x_stride, num_rows, y, y_dtype, NULL, workspace, num_threads, parallel);
+        free(workspace);
+        return 0;
     }
     job j = {.weight = weight, .x = x, .y = y, .y_stride = weight->num_out, .y_dtype = y_dtype, .x_stride = x_stride};
     j.num_rows = num_rows;

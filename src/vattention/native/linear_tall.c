@@ -16,8 +16,8 @@
 #include <immintrin.h>
 #endif
 
-/* Rows in a block, and rows that are multiplied at a time. */
-enum { BLOCK_ROWS = 256, PAIR_ROWS = 32 };
+/* Rows in a block; those whose sums stay in the first-level cache; and those that are multiplied at a time. */
+enum { BLOCK_ROWS = 256, SUMMED_ROWS = 128, PAIR_ROWS = 32 };
 /* Bytes of a matrix tile, and most steps of TILE_STEPS of a panel in the first-level cache. */
 enum { TILE_NBYTES = 1024, STRIP_STEPS = 12 };
 /* Most inputs: with more, a block of rows outgrows the second-level cache. */
@@ -52,9 +52,9 @@ typedef struct {
     const vattention_gating *gating; /* or NULL */
     int64_t num_steps;
     int64_t block_rows, num_blocks, panels_each, num_groups, num_panels;
-    /* One thread's after the other's: rows as tiles [row / 16, step], a panel that was quantized, and sums. */
+    /* One thread's after the other's: rows as tiles [row / 16, step], panels that were quantized, and sums. */
     char *workspace;
-    int64_t packed_nbytes, panel_nbytes, thread_nbytes;
+    int64_t packed_nbytes, panel_nbytes, panels_unpacked, thread_nbytes;
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
@@ -115,24 +115,28 @@ TALL_TARGET static void store_gated(const job *j, const char *sums, const char *
     }
 }
 
-/* The sums of a block of rows and a panel. */
-TALL_TARGET static void panel_times(const job *j, char *packed, char *sums, int64_t rows, int64_t panel) {
-    const int64_t row_nbytes = j->num_steps * TILE_NBYTES, step_nbytes = TILE_STEPS * COLUMNS * 2;
-    const char *weights = (const char *)j->weight->packed + panel * j->panel_nbytes;
-    if (j->weight->format != PLAIN) {
-        char *unpacked = packed + j->packed_nbytes;
-        vattention_unpack(j->weight, panel, BFLOAT16, unpacked);
-        weights = unpacked;
+/* A panel as tiles of bfloat16. */
+static const char *panel_of(const job *j, int64_t panel, char *unpacked) {
+    if (j->weight->format == PLAIN) {
+        return (const char *)j->weight->packed + panel * j->panel_nbytes;
     }
+    vattention_unpack(j->weight, panel, BFLOAT16, unpacked);
+    return unpacked;
+}
+
+/* The sums of packed rows [first, last) of a block and a panel. */
+TALL_TARGET static void panel_times(const job *j, const char *packed, int64_t first, int64_t last, const char *weights,
+                                    char *sums) {
+    const int64_t row_nbytes = j->num_steps * TILE_NBYTES, step_nbytes = TILE_STEPS * COLUMNS * 2;
     const int64_t num_strips = (j->num_steps + STRIP_STEPS - 1) / STRIP_STEPS;
-    const int64_t num_pairs = (rows + PAIR_ROWS - 1) / PAIR_ROWS;
+    const int64_t begin = first / PAIR_ROWS, end = (last + PAIR_ROWS - 1) / PAIR_ROWS;
     /* Each pair of rows fetches its share of the next panel. */
-    const int64_t lines = step_nbytes / 64 / num_pairs;
+    const int64_t lines = step_nbytes / 64 / (j->block_rows / PAIR_ROWS);
     TILES_READ_MEMORY;
     for (int64_t strip = 0; strip < num_strips; strip++) {
         const int64_t from = j->num_steps * strip / num_strips, until = j->num_steps * (strip + 1) / num_strips;
-        for (int64_t pair = 0; pair < num_pairs; pair++) {
-            char *own = sums + pair * SUMS_NBYTES;
+        for (int64_t pair = begin; pair < end; pair++) {
+            char *own = sums + (pair - begin) * SUMS_NBYTES;
             const char *upper = packed + 2 * pair * row_nbytes, *lower = upper + row_nbytes;
             const char *ahead = weights + j->panel_nbytes + from * step_nbytes + (until - from) * 64 * lines * pair;
             if (strip == 0) {
@@ -166,23 +170,30 @@ TALL_TARGET static void panel_times(const job *j, char *packed, char *sums, int6
             _tile_stored(3, own + 3 * TILE_NBYTES, 64);
         }
     }
+    TILES_READ_MEMORY;
 }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* A block of rows times a panel, to y. */
 static void panel_to_y(const job *j, char *packed, int64_t first, int64_t rows, int64_t panel) {
-    char *sums = packed + j->packed_nbytes + j->panel_nbytes;
-    char *factors = sums + j->block_rows / PAIR_ROWS * SUMS_NBYTES;
-    panel_times(j, packed, sums, rows, panel);
-    if (j->gating) {
-        panel_times(j, packed, factors, rows, panel + j->num_panels);
-    }
-    TILES_READ_MEMORY;
-    for (int64_t row = 0; row < rows; row += PAIR_ROWS, sums += SUMS_NBYTES, factors += SUMS_NBYTES) {
-        const int64_t count = rows - row < PAIR_ROWS ? rows - row : PAIR_ROWS;
+    char *unpacked = packed + j->packed_nbytes, *sums = unpacked + j->panels_unpacked * j->panel_nbytes;
+    char *factors = sums + SUMMED_ROWS / PAIR_ROWS * SUMS_NBYTES;
+    const char *weights = panel_of(j, panel, unpacked);
+    const char *others = j->gating ? panel_of(j, panel + j->num_panels, unpacked + j->panel_nbytes) : NULL;
+    for (int64_t row = 0; row < rows; row += SUMMED_ROWS) {
+        const int64_t end = smaller(row + SUMMED_ROWS, rows);
+        panel_times(j, packed, row, end, weights, sums);
         if (j->gating) {
-            store_gated(j, sums, factors, first + row, count, panel);
-        } else {
-            store(j, sums, first + row, count, panel);
+            panel_times(j, packed, row, end, others, factors);
+        }
+        for (int64_t pair = row; pair < end; pair += PAIR_ROWS) {
+            const int64_t count = smaller(end - pair, PAIR_ROWS), at = (pair - row) / PAIR_ROWS * SUMS_NBYTES;
+            if (j->gating) {
+                store_gated(j, sums + at, factors + at, first + pair, count, panel);
+            } else {
+                store(j, sums + at, first + pair, count, panel);
+            }
         }
     }
 }
@@ -217,39 +228,55 @@ static void work(void *argument) {
         vattention_tiles_end();
     }
 }
-#endif
 
-/* As `vattention_linear`, for a weight that `vattention_can_tall`. With `gating`, which takes a width of whole panels, y
- * [num_rows, num_out / 2] is in bfloat16 what vattention_gate makes of the product. */
-int32_t vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
-                        int32_t y_dtype, const vattention_gating *gating, int32_t num_threads, parallel_fn parallel) {
-#ifdef HAVE_TALL
-    job j = {.weight = weight, .x = x, .x_stride = x_stride, .num_rows = num_rows, .y = y, .y_dtype = y_dtype};
-    j.gating = gating;
+static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads) {
+    job j = {.weight = weight, .num_rows = num_rows};
     j.num_steps = weight->num_in / TILE_STEPS;
     j.num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
     j.block_rows = ((num_rows + j.num_blocks - 1) / j.num_blocks + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS;
     j.num_blocks = (num_rows + j.block_rows - 1) / j.block_rows;
-    j.num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS / (gating ? 2 : 1);
+    j.num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS / (gated ? 2 : 1);
     j.panels_each = j.num_panels / (8 * num_threads) + 1;
     j.num_groups = (j.num_panels + j.panels_each - 1) / j.panels_each;
     j.packed_nbytes = j.block_rows / 16 * j.num_steps * TILE_NBYTES;
     j.panel_nbytes = j.num_steps * TILE_STEPS * COLUMNS * 2;
-    j.thread_nbytes = j.packed_nbytes + j.panel_nbytes + j.block_rows / PAIR_ROWS * SUMS_NBYTES * (gating ? 2 : 1);
-    j.workspace = aligned_alloc(64, (size_t)(num_threads * j.thread_nbytes));
-    if (j.workspace == NULL) {
-        return -1;
-    }
+    j.panels_unpacked = weight->format == PLAIN ? 0 : gated ? 2 : 1;
+    j.thread_nbytes = j.packed_nbytes + j.panels_unpacked * j.panel_nbytes +
+                      SUMMED_ROWS / PAIR_ROWS * SUMS_NBYTES * (gated ? 2 : 1);
+    return j;
+}
+#endif
+
+/* Bytes that `vattention_tall` works in, from a cache line on. */
+int64_t vattention_tall_nbytes(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads) {
+#ifdef HAVE_TALL
+    return num_threads * job_of(weight, num_rows, gated, num_threads).thread_nbytes;
+#else
+    (void)weight, (void)num_rows, (void)gated, (void)num_threads;
+    return 0;
+#endif
+}
+
+/* As `vattention_linear`, for a weight that `vattention_can_tall`. With `gating`, which takes a width of whole panels, y
+ * [num_rows, num_out / 2] is in bfloat16 what vattention_gate makes of the product. */
+void vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
+                     int32_t y_dtype, const vattention_gating *gating, void *workspace, int32_t num_threads,
+                     parallel_fn parallel) {
+#ifdef HAVE_TALL
+    job j = job_of(weight, num_rows, gating != NULL, num_threads);
+    j.x = x;
+    j.x_stride = x_stride;
+    j.y = y;
+    j.y_dtype = y_dtype;
+    j.gating = gating;
+    j.workspace = workspace;
     if (num_threads == 1) {
         work(&j);
     } else {
         parallel(work, &j, (unsigned)num_threads, 0);
     }
-    free(j.workspace);
-    return 0;
 #else
-    (void)weight, (void)x, (void)x_stride, (void)num_rows, (void)y, (void)y_dtype, (void)gating, (void)num_threads;
-    (void)parallel;
-    return -1;
+    (void)weight, (void)x, (void)x_stride, (void)num_rows, (void)y, (void)y_dtype, (void)gating, (void)workspace;
+    (void)num_threads, (void)parallel;
 #endif
 }
