@@ -1,9 +1,8 @@
 /* y = x W^T + b for many rows, by matrix tiles (AMX) of bfloat16.
  *
  * With enough rows a product is bound by arithmetic, which then waits for the tiles' loads alone: four products
- * take four tiles. So rows are packed into whole tiles, which the processor fetches ahead as they lie, and of a panel
- * of W as much as the first-level cache holds meets all rows of a block before the next part does; sums wait in memory
- * meanwhile.
+ * take four tiles. So rows are packed into whole tiles, which the processor fetches ahead as they lie. While the matrix
+ * unit works on 32 rows, those before them are rounded and stored, one between two steps.
  */
 #include "kernels.h"
 
@@ -16,10 +15,10 @@
 #include <immintrin.h>
 #endif
 
-/* Rows in a block; those whose sums stay in the first-level cache; and those that are multiplied at a time. */
-enum { BLOCK_ROWS = 256, SUMMED_ROWS = 128, PAIR_ROWS = 32 };
-/* Bytes of a matrix tile, and most steps of TILE_STEPS of a panel in the first-level cache. */
-enum { TILE_NBYTES = 1024, STRIP_STEPS = 12 };
+/* Rows in a block, and those that are multiplied at a time. */
+enum { BLOCK_ROWS = 256, PAIR_ROWS = 32 };
+/* Bytes of a matrix tile. */
+enum { TILE_NBYTES = 1024 };
 /* Most inputs: with more, a block of rows outgrows the second-level cache. */
 enum { MOST_IN = 4096 };
 /* Bytes of sums of PAIR_ROWS rows. */
@@ -48,11 +47,11 @@ typedef struct {
     const uint16_t *x;
     int64_t x_stride, num_rows;
     void *y;
-    int32_t y_dtype;
     const vattention_gating *gating; /* or NULL */
     int64_t num_steps;
     int64_t block_rows, num_blocks, panels_each, num_groups, num_panels;
-    /* One thread's after the other's: rows as tiles [row / 16, step], panels that were quantized, and sums. */
+    /* One thread's after the other's: rows as tiles [row / 16, step], panels that were quantized, and the sums of two
+     * times PAIR_ROWS rows, with those of their factors. */
     char *workspace;
     int64_t packed_nbytes, panel_nbytes, panels_unpacked, thread_nbytes;
     int64_t next_thread, next_item; /* taken atomically */
@@ -69,28 +68,24 @@ TALL_TARGET static void pack(const job *j, int64_t first, int64_t rows, char *to
     }
 }
 
-/* 16 columns of a row of sums [2, 2] tiles of 16 rows and columns, with their bias. */
-TALL_TARGET INLINE __m512 columns_of(const job *j, const char *sums, int64_t row, int64_t half, int64_t panel) {
-    const char *from = sums + (row / 16 * 2 + half) * TILE_NBYTES + row % 16 * 64;
-    const __m512 all = _mm512_load_ps((const float *)from);
-    const float *bias = j->weight->bias;
-    return bias ? _mm512_add_ps(all, _mm512_loadu_ps(bias + panel * COLUMNS + half * HALF)) : all;
-}
+/* What becomes of sums: float32, bfloat16, or the gated half of them in bfloat16. */
+enum kind { WIDE, NARROW, GATED };
 
-/* Sums to y. */
-TALL_TARGET static void store(const job *j, const char *sums, int64_t row, int64_t rows, int64_t panel) {
-    const int64_t out = panel * COLUMNS, left = j->weight->num_out - out;
-    const __mmask32 mask = left >= COLUMNS ? 0xffffffffu : (1u << left) - 1;
-    for (int64_t m = 0; m < rows; m++) {
-        const __m512 low = columns_of(j, sums, m, 0, panel), high = columns_of(j, sums, m, 1, panel);
-        const int64_t at = (row + m) * j->weight->num_out + out;
-        if (j->y_dtype == FLOAT32) {
-            _mm512_mask_storeu_ps((float *)j->y + at, (__mmask16)mask, low);
-            _mm512_mask_storeu_ps((float *)j->y + at + HALF, (__mmask16)(mask >> HALF), high);
-        } else {
-            _mm512_mask_storeu_epi16((uint16_t *)j->y + at, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-    }
+/* Rows whose sums are complete, of which the first `done` are stored. */
+typedef struct {
+    const char *sums, *factors; /* [2, 2] tiles of 16 rows and columns; of a gate's factors, if there is one */
+    const float *bias, *factors_bias; /* or NULL */
+    char *y; /* where the first row goes */
+    int64_t y_nbytes; /* from row to row */
+    __mmask32 columns;
+    int64_t done, count;
+    vattention_gating gating;
+} pending;
+
+/* 16 columns of the next row, with their bias. */
+TALL_TARGET INLINE __m512 columns_of(const pending *p, const char *sums, const float *bias, int64_t half) {
+    const __m512 all = _mm512_load_ps((const float *)(sums + (p->done + (p->done & 16)) * 64 + half * TILE_NBYTES));
+    return bias ? _mm512_add_ps(all, _mm512_loadu_ps(bias + half * HALF)) : all;
 }
 
 /* What a bfloat16 keeps of 16 numbers. */
@@ -99,20 +94,60 @@ TALL_TARGET INLINE __m512 rounded(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-/* The sums of a panel of gates and of its factors to y, which is half as wide as both. */
-TALL_TARGET static void store_gated(const job *j, const char *sums, const char *factors, int64_t row, int64_t rows,
-                                    int64_t panel) {
-    const int64_t width = j->weight->num_out / 2;
-    for (int64_t m = 0; m < rows; m++) {
-        __m512 y[2];
-        for (int64_t half = 0; half < 2; half++) {
-            const __m512 g = columns_of(j, sums, m, half, panel);
-            const __m512 u = columns_of(j, factors, m, half, panel + width / COLUMNS);
-            y[half] = (__m512)gated_tall((floats16)rounded(g), (floats16)rounded(u), j->gating->linear, j->gating->cubic);
-        }
-        uint16_t *to = (uint16_t *)j->y + (row + m) * width + panel * COLUMNS;
-        _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
+TALL_TARGET INLINE __m512 gated(const pending *p, int64_t half) {
+    const __m512 gate = rounded(columns_of(p, p->sums, p->bias, half));
+    const __m512 factor = rounded(columns_of(p, p->factors, p->factors_bias, half));
+    return (__m512)gated_tall((floats16)gate, (floats16)factor, p->gating.linear, p->gating.cubic);
+}
+
+/* The next row to y. */
+TALL_TARGET INLINE void store(pending *p, const enum kind kind) {
+    const __m512 low = kind == GATED ? gated(p, 0) : columns_of(p, p->sums, p->bias, 0);
+    const __m512 high = kind == GATED ? gated(p, 1) : columns_of(p, p->sums, p->bias, 1);
+    char *to = p->y + p->done * p->y_nbytes;
+    if (kind == WIDE) {
+        _mm512_mask_storeu_ps(to, (__mmask16)p->columns, low);
+        _mm512_mask_storeu_ps(to + HALF * 4, (__mmask16)(p->columns >> HALF), high);
+    } else {
+        _mm512_mask_storeu_epi16(to, p->columns, (__m512i)_mm512_cvtne2ps_pbh(high, low));
     }
+    p->done++;
+}
+
+/* The sums of PAIR_ROWS packed rows and a panel; meanwhile stores a row of `before` with each step. Each step fetches
+ * `lines` cache lines from `ahead` on. */
+TALL_TARGET INLINE void pair_times(int64_t num_steps, const char *rows, const char *weights, const char *ahead,
+                                   int64_t lines, char *sums, pending *before, const enum kind kind) {
+    const char *lower = rows + num_steps * TILE_NBYTES;
+    pending p = *before;
+    TILES_READ_MEMORY;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < num_steps; step++) {
+        for (int64_t line = 0; line < lines; line++, ahead += 64) {
+            _mm_prefetch(ahead, _MM_HINT_T1);
+        }
+        _tile_loadd(4, rows + step * TILE_NBYTES, 64);
+        _tile_loadd(6, weights, COLUMNS * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if (p.done < p.count) {
+            store(&p, kind);
+        }
+        _tile_loadd(7, weights + HALF * 4, COLUMNS * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower + step * TILE_NBYTES, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        weights += TILE_STEPS * COLUMNS * 2;
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + TILE_NBYTES, 64);
+    _tile_stored(2, sums + 2 * TILE_NBYTES, 64);
+    _tile_stored(3, sums + 3 * TILE_NBYTES, 64);
+    TILES_READ_MEMORY;
+    before->done = p.done;
 }
 
 /* A panel as tiles of bfloat16. */
@@ -124,86 +159,48 @@ static const char *panel_of(const job *j, int64_t panel, char *unpacked) {
     return unpacked;
 }
 
-/* The sums of packed rows [first, last) of a block and a panel. */
-TALL_TARGET static void panel_times(const job *j, const char *packed, int64_t first, int64_t last, const char *weights,
-                                    char *sums) {
-    const int64_t row_nbytes = j->num_steps * TILE_NBYTES, step_nbytes = TILE_STEPS * COLUMNS * 2;
-    const int64_t num_strips = (j->num_steps + STRIP_STEPS - 1) / STRIP_STEPS;
-    const int64_t begin = first / PAIR_ROWS, end = (last + PAIR_ROWS - 1) / PAIR_ROWS;
-    /* Each pair of rows fetches its share of the next panel. */
-    const int64_t lines = step_nbytes / 64 / (j->block_rows / PAIR_ROWS);
-    TILES_READ_MEMORY;
-    for (int64_t strip = 0; strip < num_strips; strip++) {
-        const int64_t from = j->num_steps * strip / num_strips, until = j->num_steps * (strip + 1) / num_strips;
-        for (int64_t pair = begin; pair < end; pair++) {
-            char *own = sums + (pair - begin) * SUMS_NBYTES;
-            const char *upper = packed + 2 * pair * row_nbytes, *lower = upper + row_nbytes;
-            const char *ahead = weights + j->panel_nbytes + from * step_nbytes + (until - from) * 64 * lines * pair;
-            if (strip == 0) {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            } else {
-                _tile_loadd(0, own, 64);
-                _tile_loadd(1, own + TILE_NBYTES, 64);
-                _tile_loadd(2, own + 2 * TILE_NBYTES, 64);
-                _tile_loadd(3, own + 3 * TILE_NBYTES, 64);
-            }
-            for (int64_t step = from; step < until; step++) {
-                for (int64_t line = 0; line < lines; line++, ahead += 64) {
-                    _mm_prefetch(ahead, _MM_HINT_T1);
-                }
-                const char *columns = weights + step * step_nbytes;
-                _tile_loadd(4, upper + step * TILE_NBYTES, 64);
-                _tile_loadd(6, columns, COLUMNS * 4);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(7, columns + HALF * 4, COLUMNS * 4);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_loadd(5, lower + step * TILE_NBYTES, 64);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-            _tile_stored(0, own, 64);
-            _tile_stored(1, own + TILE_NBYTES, 64);
-            _tile_stored(2, own + 2 * TILE_NBYTES, 64);
-            _tile_stored(3, own + 3 * TILE_NBYTES, 64);
-        }
-    }
-    TILES_READ_MEMORY;
-}
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* A block of rows times a panel, to y. */
-static void panel_to_y(const job *j, char *packed, int64_t first, int64_t rows, int64_t panel) {
+/* A block of rows times a panel, to y but for the last rows, which are pending then. */
+TALL_TARGET INLINE void panel_times(const job *j, char *packed, int64_t first, int64_t rows, int64_t panel, pending *last,
+                                    const enum kind kind) {
     char *unpacked = packed + j->packed_nbytes, *sums = unpacked + j->panels_unpacked * j->panel_nbytes;
-    char *factors = sums + SUMMED_ROWS / PAIR_ROWS * SUMS_NBYTES;
     const char *weights = panel_of(j, panel, unpacked);
-    const char *others = j->gating ? panel_of(j, panel + j->num_panels, unpacked + j->panel_nbytes) : NULL;
-    for (int64_t row = 0; row < rows; row += SUMMED_ROWS) {
-        const int64_t end = smaller(row + SUMMED_ROWS, rows);
-        panel_times(j, packed, row, end, weights, sums);
-        if (j->gating) {
-            panel_times(j, packed, row, end, others, factors);
+    const char *others = kind == GATED ? panel_of(j, panel + j->num_panels, unpacked + j->panel_nbytes) : NULL;
+    const float *bias = j->weight->bias ? j->weight->bias + panel * COLUMNS : NULL;
+    const int64_t width = kind == GATED ? j->num_panels * COLUMNS : j->weight->num_out, left = width - panel * COLUMNS;
+    const int64_t item = kind == WIDE ? 4 : 2;
+    /* Each pair of tiles of rows fetches its share of the next panel. */
+    const int64_t lines = TILE_STEPS * COLUMNS * 2 / 64 / (j->block_rows / PAIR_ROWS);
+    for (int64_t row = 0; row < rows; row += PAIR_ROWS) {
+        char *own = sums + (last->sums == sums ? 2 * SUMS_NBYTES : 0), *factors = own + SUMS_NBYTES;
+        const char *tiles = packed + row / 16 * j->num_steps * TILE_NBYTES;
+        const int64_t ahead = j->panel_nbytes + j->num_steps * 64 * lines * (row / PAIR_ROWS);
+        pair_times(j->num_steps, tiles, weights, weights + ahead, lines, own, last, kind);
+        if (kind == GATED) {
+            pair_times(j->num_steps, tiles, others, others + ahead, lines, factors, last, kind);
         }
-        for (int64_t pair = row; pair < end; pair += PAIR_ROWS) {
-            const int64_t count = smaller(end - pair, PAIR_ROWS), at = (pair - row) / PAIR_ROWS * SUMS_NBYTES;
-            if (j->gating) {
-                store_gated(j, sums + at, factors + at, first + pair, count, panel);
-            } else {
-                store(j, sums + at, first + pair, count, panel);
-            }
+        while (last->done < last->count) {
+            store(last, kind);
         }
+        *last = (pending){
+            .sums = own,
+            .factors = factors,
+            .bias = bias,
+            .factors_bias = bias ? bias + width : NULL,
+            .y = (char *)j->y + ((first + row) * width + panel * COLUMNS) * item,
+            .y_nbytes = width * item,
+            .columns = left >= COLUMNS ? 0xffffffffu : (1u << left) - 1,
+            .count = rows - row < PAIR_ROWS ? rows - row : PAIR_ROWS,
+            .gating = kind == GATED ? *j->gating : (vattention_gating){0},
+        };
     }
 }
 
 /* A thread's share: items, each a block of rows times a group of panels, until none is left. */
-static void work(void *argument) {
-    job *j = argument;
+TALL_TARGET INLINE void work(job *j, const enum kind kind) {
     const int64_t thread = __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
     char *packed = j->workspace + thread * j->thread_nbytes;
     int64_t block_packed = -1;
+    pending last = {0};
     for (;;) {
         const int64_t item = __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
         const int64_t block = item / j->num_groups, group = item % j->num_groups;
@@ -221,13 +218,20 @@ static void work(void *argument) {
         }
         const int64_t begin = group * j->panels_each, end = begin + j->panels_each;
         for (int64_t panel = begin; panel < end && panel < j->num_panels; panel++) {
-            panel_to_y(j, packed, first, rows, panel);
+            panel_times(j, packed, first, rows, panel, &last, kind);
         }
+    }
+    while (last.done < last.count) {
+        store(&last, kind);
     }
     if (block_packed >= 0) {
         vattention_tiles_end();
     }
 }
+
+TALL_TARGET static void work_wide(void *argument) { work(argument, WIDE); }
+TALL_TARGET static void work_narrow(void *argument) { work(argument, NARROW); }
+TALL_TARGET static void work_gated(void *argument) { work(argument, GATED); }
 
 static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads) {
     job j = {.weight = weight, .num_rows = num_rows};
@@ -242,7 +246,7 @@ static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, 
     j.panel_nbytes = j.num_steps * TILE_STEPS * COLUMNS * 2;
     j.panels_unpacked = weight->format == PLAIN ? 0 : gated ? 2 : 1;
     j.thread_nbytes = j.packed_nbytes + j.panels_unpacked * j.panel_nbytes +
-                      SUMMED_ROWS / PAIR_ROWS * SUMS_NBYTES * (gated ? 2 : 1);
+                      4 * SUMS_NBYTES;
     return j;
 }
 #endif
@@ -267,9 +271,9 @@ void vattention_tall(const vattention_weight *weight, const void *x, int64_t x_s
     j.x = x;
     j.x_stride = x_stride;
     j.y = y;
-    j.y_dtype = y_dtype;
     j.gating = gating;
     j.workspace = workspace;
+    void (*work)(void *) = gating ? work_gated : y_dtype == FLOAT32 ? work_wide : work_narrow;
     if (num_threads == 1) {
         work(&j);
     } else {

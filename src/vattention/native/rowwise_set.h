@@ -30,14 +30,21 @@ TARGET INLINE floats16 NAME(load16)(const void *x, int64_t i, int64_t count, int
 
 /* Stores up to 16 numbers to y[i], in bfloat16 rounded to nearest even, NaN kept. */
 TARGET INLINE void NAME(store16)(void *y, int64_t i, int64_t count, int32_t dtype, floats16 values) {
-    const size_t n = count >= LANES16 ? LANES16 : (size_t)count;
     if (dtype == FLOAT32) {
-        memcpy((float *)y + i, &values, n * 4);
+        if (count >= LANES16) {
+            *(floats16 *)((float *)y + i) = values;
+        } else {
+            memcpy((float *)y + i, &values, (size_t)count * 4);
+        }
         return;
     }
     const words16 bits = (words16)values;
     const words16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const words16 nan = (words16)(values != values);
     const halves16 out = __builtin_convertvector((rounded & ~nan) | (((bits >> 16) | 0x40u) & nan), halves16);
-    memcpy((uint16_t *)y + i, &out, n * 2);
+    if (count >= LANES16) {
+        *(halves16 *)((uint16_t *)y + i) = out;
+    } else {
+        memcpy((uint16_t *)y + i, &out, (size_t)count * 2);
+    }
 }
