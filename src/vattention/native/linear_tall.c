@@ -36,11 +36,8 @@ int vattention_can_tall(const vattention_weight *weight) {
 
 #ifdef HAVE_TALL
 #define TALL_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
-#define SET tall
-#define TARGET TALL_TARGET
-#include "rowwise_numbers.h"
-#include "rowwise_set.h"
-#include "sigmoid.h"
+#define EXP_TARGET TALL_TARGET
+#include "exp2.h"
 
 typedef struct {
     const vattention_weight *weight;
@@ -97,7 +94,10 @@ TALL_TARGET INLINE __m512 rounded(__m512 x) {
 TALL_TARGET INLINE __m512 gated(const pending *p, int64_t half) {
     const __m512 gate = rounded(columns_of(p, p->sums, p->bias, half));
     const __m512 factor = rounded(columns_of(p, p->factors, p->factors_bias, half));
-    return (__m512)gated_tall((floats16)gate, (floats16)factor, p->gating.linear, p->gating.cubic);
+    const __m512 linear = _mm512_set1_ps(p->gating.linear * -LOG2_E), cubic = _mm512_set1_ps(p->gating.cubic * -LOG2_E);
+    const __m512 power = _mm512_mul_ps(gate, _mm512_fmadd_ps(_mm512_mul_ps(gate, gate), cubic, linear));
+    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_of(power));
+    return _mm512_mul_ps(_mm512_div_ps(gate, below), factor);
 }
 
 /* The next row to y. */

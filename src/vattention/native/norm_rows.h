@@ -6,10 +6,7 @@ TARGET INLINE void NAME(norm)(const norm_args *args, int64_t at, const int32_t d
         const floats16 x = NAME(load16)(args->x, at + i, width - i, dtype);
         squares += x * x;
     }
-    float sum = 0.0f;
-    for (int lane = 0; lane < LANES16; lane++) {
-        sum += squares[lane];
-    }
+    const float sum = NAME(sum_of)(squares);
     const float factor = 1.0f / sqrtf(sum / (float)width + args->epsilon);
     for (int64_t i = 0; i < width; i += LANES16) {
         const floats16 x = NAME(load16)(args->x, at + i, width - i, dtype);

@@ -13,10 +13,7 @@ TARGET INLINE void NAME(rotate)(const rotate_args *args, int64_t first, int64_t 
                     const floats16 x = NAME(load16)(args->x, low + i, shape->head_dim - i, dtype);
                     squares += x * x;
                 }
-                float sum = 0.0f;
-                for (int lane = 0; lane < LANES16; lane++) {
-                    sum += squares[lane];
-                }
+                const float sum = NAME(sum_of)(squares);
                 factor = 1.0f / sqrtf(sum / (float)shape->head_dim + heads->epsilon);
             }
             for (int64_t i = 0; i < half; i += LANES16) {

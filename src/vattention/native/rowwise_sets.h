@@ -1,11 +1,17 @@
 /* The function that computes rows, `rows` in the file ROWS, for each instruction set, and the choice at run time. */
 #include "rowwise.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #if defined(__x86_64__) && VATTENTION_LANES >= 16
 #define SET avx512
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define AVX512_SET
 #include "rowwise_set.h"
 #include ROWS
+#undef AVX512_SET
 #undef SET
 #undef TARGET
 #undef NAME
