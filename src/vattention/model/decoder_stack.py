@@ -123,15 +123,22 @@ class DecoderStack:
         hook that somebody put on a module would not be called."""
         return (self._prefills or batch.is_decode) and not any(self._hooks)
 
-    def __call__(self, token_ids: Tensor, batch: RaggedBatch) -> Tensor:
-        """Hidden states [T, hidden] of token_ids[T] for a batch that it takes; stores their keys and values."""
+    def __call__(self, token_ids: Tensor, batch: RaggedBatch, wanted: Tensor) -> Tensor:
+        """Hidden states [len(wanted), hidden] for a batch that it takes; stores its keys and values.
+
+        Args:
+            token_ids: [T].
+            wanted: int64, which of the T rows to return, in ascending order.
+        """
         self._attention.claim_all()
         last = max(start + num_rows for _, _, num_rows, start in batch.spans) - 1
         rotaries = self._rotary.rows(batch.positions, last)
         x: Tensor = self._model.get_input_embeddings()(token_ids).contiguous()
         parts = batch.parts(1)
-        self._kernels.stack(self._layers, self._norm, parts.short, parts.long_spans, rotaries, self._workspace, x)
-        return x
+        self._kernels.stack(
+            self._layers, self._norm, parts.short, parts.long_spans, rotaries, self._workspace, x, wanted
+        )
+        return x[: len(wanted)]
 
 
 def _hooks(model: PreTrainedModel) -> list[Mapping[int, Any]]:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Pair = tuple[Tensor, Tensor]
 """Cosines and sines, [tokens, head_dim] each."""
 
-_LEAST, _MOST, _ROUNDED = 512, 2048, 256
+_LEAST, _MOST, _ROUNDED = 4096, 4096, 256
 """Positions in the first table, most that come unasked, and what those beyond the last are rounded up to."""
 
 
@@ -27,12 +28,13 @@ class RotaryTables:
         self._max_len = max_len
         self._len = 0
         self._tables: list[Pair] = []
+        self._grow(1)
 
     def rows(self, positions: Tensor, last: int) -> list[Pair]:
         """The pairs of each kind at these positions, none of which is beyond `last`."""
         if last >= self._len:
             self._grow(last + 1)
-        return [(cosines[positions], sines[positions]) for cosines, sines in self._tables]
+        return [(F.embedding(positions, cosines), F.embedding(positions, sines)) for cosines, sines in self._tables]
 
     def _grow(self, least: int) -> None:
         new = min(max(least, 2 * self._len, _LEAST), max(least, self._len + _MOST), self._max_len)

@@ -158,8 +158,8 @@ class ModelRunner:
     def _predictions(self, batch: RaggedBatch, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         if self._stack is not None and self._output_layer is not None and self._stack.takes(batch):
-            hidden = self._stack(inputs["input_ids"][0], batch)
-            return HiddenStates(hidden[rows], self._output_layer, self._scratch)
+            hidden = self._stack(inputs["input_ids"][0], batch, rows)
+            return HiddenStates(hidden, self._output_layer, self._scratch)
         if not wanted:
             self._model.base_model(**inputs)
             vocab_size = self._model.config.get_text_config().vocab_size

@@ -352,13 +352,16 @@ class Kernels:
         rotaries: Sequence[tuple[Tensor, Tensor]],
         workspace: Workspace,
         x: Tensor,
+        wanted: Tensor | None = None,
     ) -> None:
         """x[tokens, hidden] through all decoder layers and the norm behind them, in place, as `layer` does.
 
         Args:
             rotaries: cosines and sines, by the number that layers have.
+            wanted: contiguous int64, the rows to compute to the end, in ascending order; they come first in x then, and
+                the rest of it means nothing. None for all.
         """
-        batch, num_threads = Batch.of(x.shape[0], short, long), torch.get_num_threads()
+        batch, num_threads = Batch.of(x.shape[0], short, long, wanted), torch.get_num_threads()
         address = ctypes.addressof(layers)
         nbytes = self._stack_nbytes(address, len(layers), ctypes.addressof(batch), num_threads)
         batch.workspace = workspace.address(nbytes)

@@ -125,11 +125,14 @@ typedef struct {
     int64_t slot, first_row, num_rows, start;
 } vattention_span;
 
-/* A batch: the spans of one row, those of more, and where the layers work. */
+/* A batch: the spans of one row and those of more, each in the order of their rows; where the layers work; and the rows
+ * that somebody wants to see in the end, in ascending order, or -1 of them for all. */
 typedef struct {
     int64_t num_tokens;
     const vattention_span *short_spans, *long_spans;
     int64_t num_short, num_long;
+    const int64_t *wanted;
+    int64_t num_wanted;
     void *workspace; /* from a cache line on, of as many bytes as `vattention_layer_nbytes` says */
 } vattention_batch;
 
@@ -186,6 +189,10 @@ void vattention_prefill(const vattention_heads *heads, const vattention_cache *k
 
 void vattention_append(const vattention_layer *layer, const vattention_cache *keys, const vattention_cache *values,
                        const vattention_tables *tables, const vattention_span *span, const void *rows);
+
+int64_t vattention_narrow_nbytes(const vattention_batch *batch);
+
+void vattention_narrow(vattention_batch *batch, void *spans, void *rows, int64_t row_nbytes, void *x, int64_t x_nbytes);
 
 int vattention_layer_is_tall(const vattention_layer *layer, int64_t num_rows, int32_t num_threads);
 

@@ -28,14 +28,15 @@ static int gates_tall(const vattention_layer *layer, int64_t num_rows) {
 /* Where the parts of the workspace begin; the block behind attention, long attention and the parts of `layer_tall.c`
  * share the last. */
 typedef struct {
-    int64_t rows, attended, gate_up, gated, shared, end;
+    int64_t rows, attended, spans, gate_up, gated, shared, end;
 } places;
 
 static places places_of(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads) {
     const int64_t item = bytes(layer->dtype), n = batch->num_tokens, block = n < BLOCK_ROWS ? n : BLOCK_ROWS;
     places at = {.rows = lines(n * layer->hidden * item)};
     at.attended = at.rows + lines(n * layer->query_key_value->num_out * item);
-    at.gate_up = at.shared = at.attended + lines(n * layer->attention_out->num_in * item);
+    at.spans = at.attended + lines(n * layer->attention_out->num_in * item);
+    at.gate_up = at.shared = at.spans + lines(batch->num_wanted < 0 ? 0 : vattention_narrow_nbytes(batch));
     const int64_t gating = gates_tall(layer, block) ? vattention_tall_nbytes(layer->gate_up, block, 1, num_threads) : 0;
     at.gated = at.gate_up + lines(larger(block * layer->gate_up->num_out * item, gating));
     const int64_t behind = at.gated + lines(block * layer->down->num_in * item);
@@ -112,7 +113,7 @@ static int32_t attend(const call *c, const vattention_cache *keys, const vattent
 static int32_t behind(const call *c, const char *attended, int64_t num_rows, char *x, const places *at, char *normed) {
     const vattention_layer *layer = c->layer;
     char *gate_up = normed + at->gate_up, *gated = normed + at->gated;
-    int32_t status = linear(c, layer->attention_out, attended, normed, num_rows);
+    int32_t status = num_rows > 0 ? linear(c, layer->attention_out, attended, normed, num_rows) : 0;
     if (status == 0) {
         vattention_join(&layer->after_attention, normed, x, num_rows, layer->hidden, layer->dtype, c->num_threads,
                         c->parallel);
@@ -133,7 +134,8 @@ static int32_t behind(const call *c, const char *attended, int64_t num_rows, cha
     return status;
 }
 
-/* x[num_tokens, hidden] through the layer, in place; the tokens' keys and values are stored in the cache.
+/* x[num_tokens, hidden] through the layer, in place; the tokens' keys and values are stored in the cache. Of the results
+ * only the rows that are wanted are computed, and come first in x.
  *
  * Cosines and sines are [num_tokens, head_dim]. Long spans need heads that `vattention_can_prefill`. Returns 0, or -1
  * where memory ran short, with x in between. */
@@ -147,9 +149,8 @@ int32_t vattention_layer_forward(const vattention_layer *layer, const vattention
     char *normed = batch->workspace, *rows = normed + at.rows, *attended = normed + at.attended;
     char *shared = normed + at.shared;
 
-    const int tall = vattention_layer_is_tall(layer, n, num_threads);
     int32_t status = 0;
-    if (tall) {
+    if (vattention_layer_is_tall(layer, n, num_threads)) {
         vattention_layer_tall_before(layer, keys, values, tables, batch, cosines, sines, x, rows, shared, num_threads,
                                      parallel);
     } else {
@@ -166,13 +167,18 @@ int32_t vattention_layer_forward(const vattention_layer *layer, const vattention
             vattention_append(layer, keys, values, tables, &batch->long_spans[i], rows);
         }
     }
-    status = attend(&c, keys, values, tables, batch, rows, attended, shared);
+    vattention_batch own = *batch;
+    if (batch->num_wanted >= 0) {
+        vattention_narrow(&own, normed + at.spans, rows, layer->query_key_value->num_out * bytes(layer->dtype), x,
+                          layer->hidden * bytes(layer->dtype));
+    }
+    status = attend(&c, keys, values, tables, &own, rows, attended, shared);
     if (status != 0) {
         return status;
     }
-    if (tall) {
-        vattention_layer_tall_behind(layer, attended, n, x, shared, num_threads, parallel);
+    if (vattention_layer_is_tall(layer, own.num_tokens, num_threads)) {
+        vattention_layer_tall_behind(layer, attended, own.num_tokens, x, shared, num_threads, parallel);
         return 0;
     }
-    return behind(&c, attended, n, x, &at, normed);
+    return behind(&c, attended, own.num_tokens, x, &at, normed);
 }

@@ -30,11 +30,14 @@ static void forward(void *argument) {
     for (int64_t i = 0; j->status == 0 && i < j->num_layers; i++) {
         const vattention_stacked *own = &j->layers[i];
         const vattention_rotary *rotary = &j->rotaries[own->rotary];
-        j->status = vattention_layer_forward(own->layer, own->keys, own->values, own->tables, j->batch,
+        vattention_batch batch = *j->batch;
+        batch.num_wanted = i == j->num_layers - 1 ? batch.num_wanted : -1;
+        j->status = vattention_layer_forward(own->layer, own->keys, own->values, own->tables, &batch,
                                              rotary->cosines, rotary->sines, j->x, j->num_threads, team_parallel);
     }
     const vattention_layer *any = j->layers[0].layer;
-    vattention_rms_norm(j->x, j->last->scale, j->x, j->batch->num_tokens, any->hidden, j->last->epsilon, any->dtype,
+    const int64_t num_rows = j->batch->num_wanted < 0 ? j->batch->num_tokens : j->batch->num_wanted;
+    vattention_rms_norm(j->x, j->last->scale, j->x, num_rows, any->hidden, j->last->epsilon, any->dtype,
                         j->num_threads, team_parallel);
 }
 
@@ -49,7 +52,7 @@ int64_t vattention_stack_nbytes(const vattention_stacked *layers, int64_t num_la
     return most;
 }
 
-/* x[num_tokens, hidden] through the layers and the norm, in place. Returns 0, or -1 where memory ran short. */
+/* x[num_tokens, hidden] through the layers and the norm, in place; the rows that are wanted come first then. Returns 0, or -1 where memory ran short. */
 int32_t vattention_stack_forward(const vattention_stacked *layers, int64_t num_layers, const vattention_norm *last,
                                  const vattention_batch *batch, const vattention_rotary *rotaries, void *x,
                                  int32_t num_threads, parallel_fn parallel) {

@@ -212,9 +212,12 @@ class Batch(ctypes.Structure):
         ("long_spans", c_void_p),
         ("num_short", c_int64),
         ("num_long", c_int64),
+        ("wanted", c_void_p),
+        ("num_wanted", c_int64),
         ("workspace", c_void_p),
     )
 
     @classmethod
-    def of(cls, num_tokens: int, short: Tensor, long: Tensor) -> Batch:
-        return cls(num_tokens, short.data_ptr(), long.data_ptr(), len(short), len(long), None)
+    def of(cls, num_tokens: int, short: Tensor, long: Tensor, wanted: Tensor | None = None) -> Batch:
+        rows = (None, -1) if wanted is None else (wanted.data_ptr(), len(wanted))
+        return cls(num_tokens, short.data_ptr(), long.data_ptr(), len(short), len(long), *rows, None)
