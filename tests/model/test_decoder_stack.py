@@ -138,12 +138,50 @@ def test_batches_of_any_shape_give_what_layers_one_by_one_give(
         [Chunk(slots[1], 7, tokens[7:8], 1), Chunk(slots[0], 300, tokens[300:433], 1), Chunk(slots[2], 0, [9], 1)],
         [Chunk(slots[2], 1, tokens[1:40], 1), Chunk(slots[0], 433, tokens[433:434], 1)],
         [Chunk(slots[0], 434, tokens[434:435], 1), Chunk(slots[2], 40, tokens[40:41], 1)],
+        [Chunk(slots[2], 41, tokens[41:42], 1), Chunk(slots[0], 435, tokens[435:835], 1)],
     )
     together = [rig.logits(*batch) for batch in batches]
     rig.runner._stack = None
     for batch, result in zip(batches, together, strict=True):
         # Layers one by one round where these do, so that not a bit may differ.
         assert torch.equal(rig.logits(*batch), result)
+
+
+@pytest.mark.parametrize("name", ["llama-bias", "gemma3"])
+@pytest.mark.parametrize("kv", ["virtual", "paged"])
+def test_the_last_layer_computes_only_rows_that_are_wanted(
+    name: str, kv: str, rigs: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps, chunks without and with a few logits, and all; what is left out changes nothing else."""
+    rig = rigs(built(CONFIGS[name](), torch.bfloat16), kv)
+    tokens = torch.randint(0, 128, (500,), generator=torch.Generator().manual_seed(1)).tolist()
+    slots = [rig.cache.take([token]).slot for token in tokens[:4]]
+    num_logits = [
+        {slots[0]: (0, 300, 0), slots[1]: (0, 9, 3)},
+        {slots[0]: (300, 433, 2), slots[1]: (9, 10, 1), slots[2]: (0, 1, 1), slots[3]: (0, 50, 0)},
+        {slots[2]: (1, 2, 1), slots[0]: (433, 434, 0), slots[3]: (50, 51, 1)},
+        {slots[0]: (434, 470, 36), slots[3]: (51, 99, 1)},
+        {slots[3]: (99, 140, 0)},
+    ]
+    attended: list[int] = []
+    forward = DecoderStack.__call__
+
+    def counted(stack: DecoderStack, *arguments: Any) -> torch.Tensor:
+        hidden = forward(stack, *arguments)
+        attended.append(len(hidden))
+        return hidden
+
+    monkeypatch.setattr(DecoderStack, "__call__", counted)
+    for batch in num_logits:
+        own = [Chunk(slot, a, tokens[a:b], count) for slot, (a, b, count) in batch.items()]
+        result = rig.logits(*own)
+        assert attended[-1] == len(result) == sum(chunk.num_logits for chunk in own)
+        everything = rig.logits(
+            *(Chunk(chunk.slot, chunk.start, chunk.token_ids, chunk.end - chunk.start) for chunk in own)
+        )
+        ends = torch.tensor([chunk.end - chunk.start for chunk in own]).cumsum(0).tolist()
+        rows = [row for chunk, end in zip(own, ends, strict=True) for row in range(end - chunk.num_logits, end)]
+        torch.testing.assert_close(result, everything[rows], rtol=2e-2, atol=6e-2)
 
 
 def test_prompts_come_near_the_models_own_logits(rigs: Callable[..., Rig]) -> None:

@@ -118,8 +118,10 @@ static int32_t behind(const call *c, const char *attended, int64_t num_rows, cha
         vattention_join(&layer->after_attention, normed, x, num_rows, layer->hidden, layer->dtype, c->num_threads,
                         c->parallel);
     }
-    for (int64_t row = 0; status == 0 && row < num_rows; row += BLOCK_ROWS) {
-        const int64_t count = num_rows - row < BLOCK_ROWS ? num_rows - row : BLOCK_ROWS;
+    /* Blocks of nearly equal size, for they are computed in the same way then. */
+    const int64_t num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t i = 0; status == 0 && i < num_blocks; i++) {
+        const int64_t row = num_rows * i / num_blocks, count = num_rows * (i + 1) / num_blocks - row;
         char *own = x + row * layer->hidden * bytes(layer->dtype);
         const void *input = norm(c, &layer->before_mlp, own, normed, count);
         status = gate(c, input, gate_up, gated, count);

@@ -15,19 +15,18 @@
 #include <immintrin.h>
 #endif
 
-/* Rows in a block, and those that are multiplied at a time. */
-enum { BLOCK_ROWS = 256, PAIR_ROWS = 32 };
+/* Rows in a block, at most and where it outgrows the second-level cache, and those that are multiplied at a time. */
+enum { BLOCK_ROWS = 256, FEW_ROWS = 128, PAIR_ROWS = 32 };
+/* Bytes of packed rows that leave room for others in that cache. */
+enum { BLOCK_NBYTES = 1 << 20 };
 /* Bytes of a matrix tile. */
 enum { TILE_NBYTES = 1024 };
-/* Most inputs: with more, a block of rows outgrows the second-level cache. */
-enum { MOST_IN = 4096 };
 /* Bytes of sums of PAIR_ROWS rows. */
 enum { SUMS_NBYTES = PAIR_ROWS * COLUMNS * 4 };
 
 int vattention_can_tall(const vattention_weight *weight) {
 #ifdef HAVE_TALL
-    return weight->dtype == BFLOAT16 && weight->num_in % TILE_STEPS == 0 && weight->num_in <= MOST_IN &&
-           vattention_has_tiles() == 2;
+    return weight->dtype == BFLOAT16 && weight->num_in % TILE_STEPS == 0 && vattention_has_tiles() == 2;
 #else
     (void)weight;
     return 0;
@@ -236,7 +235,8 @@ TALL_TARGET static void work_gated(void *argument) { work(argument, GATED); }
 static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads) {
     job j = {.weight = weight, .num_rows = num_rows};
     j.num_steps = weight->num_in / TILE_STEPS;
-    j.num_blocks = (num_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t most = BLOCK_ROWS * weight->num_in * 2 <= BLOCK_NBYTES ? BLOCK_ROWS : FEW_ROWS;
+    j.num_blocks = (num_rows + most - 1) / most;
     j.block_rows = ((num_rows + j.num_blocks - 1) / j.num_blocks + PAIR_ROWS - 1) / PAIR_ROWS * PAIR_ROWS;
     j.num_blocks = (num_rows + j.block_rows - 1) / j.block_rows;
     j.num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS / (gated ? 2 : 1);
