@@ -358,8 +358,8 @@ class Kernels:
 
         Args:
             rotaries: cosines and sines, by the number that layers have.
-            wanted: contiguous int64, the rows to compute to the end, in ascending order; they come first in x then, and
-                the rest of it means nothing. None for all.
+            wanted: contiguous int64, the rows to compute to the end, in ascending order; they come first in x then,
+                and the rest of it means nothing. None for all.
         """
         batch, num_threads = Batch.of(x.shape[0], short, long, wanted), torch.get_num_threads()
         address = ctypes.addressof(layers)
