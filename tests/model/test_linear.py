@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Callable, Iterator
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -76,6 +77,22 @@ def test_blocks_of_rows_that_do_not_come_out_even(rows: int, num_in: int, dtype:
     weight, x = torch.randn(33, num_in).to(dtype), torch.randn(rows, num_in).to(dtype)
     error = (NativeLinear.pack(weight, None)(x).double() - x.double() @ weight.double().T).abs().max()
     assert float(error) <= tolerance(x, weight)
+
+
+@pytest.mark.parametrize("num_in", [640, 2080, 5632])
+def test_fewer_rows_never_take_more_workspace(num_in: int) -> None:
+    """A layer has one workspace for blocks of rows of which the last may be smaller."""
+    if native.kernels() is None:
+        pytest.skip("no compiled kernels here")
+    nbytes = ctypes.CDLL(str(native.FOLDER / LIBRARY)).vattention_tall_nbytes
+    nbytes.restype, nbytes.argtypes = (
+        ctypes.c_int64,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int32),
+    )
+    weight = native.LinearWeight(None, None, 96, num_in, 1, 0)
+    sizes = [nbytes(ctypes.addressof(weight), rows, gated, 1) for gated in (0, 1) for rows in range(1, 600)]
+    assert sizes[:599] == sorted(sizes[:599])
+    assert sizes[599:] == sorted(sizes[599:])
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)

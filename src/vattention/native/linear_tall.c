@@ -242,7 +242,8 @@ static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, 
     j.num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS / (gated ? 2 : 1);
     j.panels_each = j.num_panels / (8 * num_threads) + 1;
     j.num_groups = (j.num_panels + j.panels_each - 1) / j.panels_each;
-    j.packed_nbytes = j.block_rows / 16 * j.num_steps * TILE_NBYTES;
+    /* Enough for fewer rows too, of which blocks may be larger. */
+    j.packed_nbytes = (num_rows < most ? j.block_rows : most) / 16 * j.num_steps * TILE_NBYTES;
     j.panel_nbytes = j.num_steps * TILE_STEPS * COLUMNS * 2;
     j.panels_unpacked = weight->format == PLAIN ? 0 : gated ? 2 : 1;
     j.thread_nbytes = j.packed_nbytes + j.panels_unpacked * j.panel_nbytes +
