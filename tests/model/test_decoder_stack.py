@@ -23,12 +23,14 @@ from vattention.model.optimize import optimize
 from vattention.model.probe import probe
 from vattention.model.rotary import RotaryTables
 from vattention.model.runner import ModelRunner
-from vattention.native import kernels
+from vattention.native import Workspace, kernels
+from vattention.native.huge import huge_empty
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels here")
 
 PROMPTS = [[5, 9, 33, 2, 71, 8, 9], [7, 7, 40], [100, 3, 64, 21, 90, 11, 12, 13, 14, 15, 16, 17]]
 MAX_LEN = 1024
+BEHIND = 1 << 20
 LIKE_LLAMA: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -52,6 +54,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 @pytest.fixture(autouse=True)
 def compiled_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizing, "fastest_method", lambda *_: NativeLinear)
+
+
+@pytest.fixture(autouse=True)
+def workspaces_end_where_they_say(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is written behind the memory that layers ask for."""
+    made: list[torch.Tensor] = []
+
+    def check() -> None:
+        assert all(bool((memory[-BEHIND:] == 0xAB).all()) for memory in made)
+        made.clear()
+
+    def address(_: Workspace, nbytes: int) -> int:
+        check()
+        made.append(huge_empty(nbytes + BEHIND, torch.uint8))
+        made[0][nbytes:] = 0xAB
+        return made[0].data_ptr()
+
+    monkeypatch.setattr(Workspace, "address", address)
+    yield
+    check()
 
 
 def built(config: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -182,6 +204,26 @@ def test_the_last_layer_computes_only_rows_that_are_wanted(
         ends = torch.tensor([chunk.end - chunk.start for chunk in own]).cumsum(0).tolist()
         rows = [row for chunk, end in zip(own, ends, strict=True) for row in range(end - chunk.num_logits, end)]
         torch.testing.assert_close(result, everything[rows], rtol=2e-2, atol=6e-2)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 4])
+def test_blocks_of_rows_have_room_whatever_their_number(num_threads: int, rigs: Callable[..., Rig]) -> None:
+    """Fewer rows, at the end of a batch or where few are wanted, may mean larger blocks."""
+    wide = LlamaConfig(**{**LIKE_LLAMA, "num_hidden_layers": 2, "intermediate_size": 2112})
+    rig = rigs(built(wide, torch.bfloat16))
+    tokens = torch.randint(0, 128, (MAX_LEN,), generator=torch.Generator().manual_seed(5)).tolist()
+    before = torch.get_num_threads()
+    for parts in ([(513, 512)], [(510, 510), (90, 1)], [(518, 518)], [(1024, 1)]):
+        slots = [rig.cache.take(tokens[:length]).slot for length, _ in parts]
+        chunks = [Chunk(slot, 0, tokens[:n], wanted) for slot, (n, wanted) in zip(slots, parts, strict=True)]
+        expected = rig.logits(*chunks)
+        torch.set_num_threads(num_threads)
+        try:
+            torch.testing.assert_close(rig.logits(*chunks), expected, rtol=2e-2, atol=6e-2)
+        finally:
+            torch.set_num_threads(before)
+        for slot in slots:
+            rig.cache.release(slot)
 
 
 def test_prompts_come_near_the_models_own_logits(rigs: Callable[..., Rig]) -> None:

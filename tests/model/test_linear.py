@@ -27,6 +27,7 @@ from vattention.model.linear import (
     fastest_method,
 )
 from vattention.native import Noise
+from vattention.native.huge import huge_empty
 
 LIBRARY = f"_kernels{EXTENSION_SUFFIXES[0]}"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -93,6 +94,47 @@ def test_fewer_rows_never_take_more_workspace(num_in: int) -> None:
     sizes = [nbytes(ctypes.addressof(weight), rows, gated, 1) for gated in (0, 1) for rows in range(1, 600)]
     assert sizes[:599] == sorted(sizes[:599])
     assert sizes[599:] == sorted(sizes[599:])
+
+
+@pytest.mark.parametrize(("activation", "linear", "cubic"), [("silu", 1.0, 0.0), ("gelu", 1.5957691, 0.0713548)])
+def test_a_gate_is_computed_with_its_product_over_the_whole_range(
+    activation: str, linear: float, cubic: float
+) -> None:
+    if native.kernels() is None:
+        pytest.skip("no compiled kernels here")
+    library = ctypes.CDLL(str(native.FOLDER / LIBRARY))
+    gates = torch.tensor([0.0, 1e-30, 0.3, 2.0, 9.0, 120.0, 3e19, 1e30])
+    weight = torch.zeros(64, 32)
+    weight[:16, 0] = torch.cat((gates, -gates))
+    weight[16:32, 0] = torch.linspace(-6, 6, 16)
+    weight[32:, 1] = 1.0
+    method = NativeLinear.pack(weight.bfloat16(), None)
+    address = ctypes.addressof(method.native)
+    if not library.vattention_can_tall(ctypes.c_void_p(address)):
+        pytest.skip("needs a processor with matrix tiles")
+    x = torch.zeros(200, 32).bfloat16()
+    x[:, 0] = 1.0
+    x[:, 1] = torch.linspace(-1, 1, 200)
+    library.vattention_tall_nbytes.restype = ctypes.c_int64
+    nbytes = library.vattention_tall_nbytes(ctypes.c_void_p(address), ctypes.c_int64(200), 1, 1)
+    workspace, y = huge_empty(nbytes, torch.uint8), torch.empty(200, 32).bfloat16()
+    places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, y, workspace)]
+    gating = (ctypes.c_float * 2)(linear, cubic)
+    library.vattention_tall(
+        ctypes.c_void_p(address),
+        places[0],
+        ctypes.c_int64(32),
+        ctypes.c_int64(200),
+        places[1],
+        1,
+        gating,
+        places[2],
+        1,
+        None,
+    )
+    gate = weight[:32, 0].bfloat16().double()
+    own = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(y.double(), own * x[:, 1:2].double(), rtol=2**-7, atol=1e-5)
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)

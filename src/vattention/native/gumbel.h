@@ -3,10 +3,11 @@
  *   LANES   float32 numbers in a vector register
  *   TARGET  the function attribute that turns the instruction set on
  *
- * The largest of logit + temperature G, with independent G = -ln(-ln u), is a sample of the softmax of logit / temperature
- * (E. J. Gumbel, "Statistical Theory of Extreme Values and Some Practical Applications", 1954; C. Maddison et al., "A* Sampling",
- * 2014). u is a hash of the row's key and the column, so the noise is the same wherever and in whatever order it is computed,
- * and to the last bit that of model/gumbel.py: all steps are of integers, or round to float32.
+ * The largest of logit + temperature G, with independent G = -ln(-ln u), is a sample of the softmax of logit /
+ * temperature (E. J. Gumbel, "Statistical Theory of Extreme Values and Some Practical Applications", 1954; C. Maddison
+ * et al., "A* Sampling", 2014). u is a hash of the row's key and the column, so the noise is the same wherever and in
+ * whatever order it is computed, and to the last bit that of model/gumbel.py: all steps are of integers, or round to
+ * float32.
  */
 #ifndef VATTENTION_GUMBEL_H
 #define VATTENTION_GUMBEL_H

@@ -151,8 +151,8 @@ void vattention_tall(const vattention_weight *weight, const void *x, int64_t x_s
                      parallel_fn parallel);
 
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
-                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns, float *values,
-                           int32_t num_threads, parallel_fn parallel);
+                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns,
+                           float *values, int32_t num_threads, parallel_fn parallel);
 
 /* Which instructions multiply bfloat16 here: 0 none, 1 pairs, 2 matrix tiles. A thread that uses those itself begins,
  * for so many rows of at most 32, and ends. */
@@ -184,8 +184,8 @@ int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattentio
 
 void vattention_prefill(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
                         const vattention_tables *tables, const void *query, int64_t query_row_stride,
-                        int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output, void *workspace,
-                        int32_t num_threads, parallel_fn parallel);
+                        int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output,
+                        void *workspace, int32_t num_threads, parallel_fn parallel);
 
 void vattention_append(const vattention_layer *layer, const vattention_cache *keys, const vattention_cache *values,
                        const vattention_tables *tables, const vattention_span *span, const void *rows);
@@ -203,8 +203,8 @@ void vattention_layer_tall_before(const vattention_layer *layer, const vattentio
                                   const vattention_batch *batch, const void *cosines, const void *sines, void *x,
                                   void *rows, void *workspace, int32_t num_threads, parallel_fn parallel);
 
-void vattention_layer_tall_behind(const vattention_layer *layer, void *attended, int64_t num_rows, void *x, void *workspace,
-                                  int32_t num_threads, parallel_fn parallel);
+void vattention_layer_tall_behind(const vattention_layer *layer, void *attended, int64_t num_rows, void *x,
+                                  void *workspace, int32_t num_threads, parallel_fn parallel);
 
 int64_t vattention_layer_nbytes(const vattention_layer *layer, const vattention_batch *batch, int32_t num_threads);
 

@@ -102,8 +102,8 @@ vattention_best *vattention_no_winners(int64_t count) {
     return winners;
 }
 
-void vattention_compete(vattention_best *winners, const float *y, int64_t stride, int64_t rows, int64_t first, int64_t columns,
-                        const vattention_noise *noise) {
+void vattention_compete(vattention_best *winners, const float *y, int64_t stride, int64_t rows, int64_t first,
+                        int64_t columns, const vattention_noise *noise) {
     for (int64_t m = 0; m < rows; m++, y += stride) {
         vattention_best *winner = &winners[m];
         const float *own = y;
@@ -138,7 +138,8 @@ void vattention_compete(vattention_best *winners, const float *y, int64_t stride
     }
 }
 
-void vattention_agree(const vattention_best *winners, int64_t num_threads, int64_t num_rows, int64_t *columns, float *values) {
+void vattention_agree(const vattention_best *winners, int64_t num_threads, int64_t num_rows, int64_t *columns,
+                      float *values) {
     for (int64_t m = 0; m < num_rows; m++) {
         vattention_best best = {.column = -1};
         for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {
@@ -187,8 +188,8 @@ static void work(void *argument) {
 
 /* Each row's first largest number of y[num_rows, num_columns] with its noise, which is NULL or one for each row; as
  * `vattention_largest` of the product y. Returns 0, or -1 where memory ran short. */
-int32_t vattention_largest_of(const float *y, int64_t y_stride, int64_t num_rows, int64_t num_columns, const vattention_noise *noise,
-                              int64_t *columns, float *values, int32_t num_threads, parallel_fn parallel) {
+int32_t vattention_largest_of(const float *y, int64_t y_stride, int64_t num_rows, int64_t num_columns,
+                              const vattention_noise *noise, int64_t *columns, float *values, int32_t num_threads, parallel_fn parallel) {
     job j = {.y = y, .y_stride = y_stride, .num_rows = num_rows, .num_columns = num_columns, .noise = noise};
     j.winners = vattention_no_winners(num_threads * num_rows);
     if (j.winners == NULL) {

@@ -1,5 +1,5 @@
-/* The parts of a decoder layer around attention for many rows: each thread takes blocks of rows through all of a part, so
- * that what lies between its kernels stays in the thread's own second-level cache, and nobody waits between them. */
+/* The parts of a decoder layer around attention for many rows: each thread takes blocks of rows through all of a part,
+ * so that what lies between its kernels stays in the thread's own second-level cache, and nobody waits between them. */
 #include "kernels.h"
 
 #include <stddef.h>
@@ -30,12 +30,14 @@ static job job_of(const vattention_layer *layer, int64_t num_rows, int32_t num_t
     const int64_t num_blocks = (num_rows + most - 1) / most * num_threads;
     job j = {.layer = layer, .num_rows = num_rows};
     j.block_rows = (num_rows + num_blocks - 1) / num_blocks;
-    j.gated_offset = j.block_rows * layer->hidden * item;
-    j.product_offset = (j.gated_offset + j.block_rows * layer->down->num_in * item + 63) / 64 * 64;
-    const int64_t in = vattention_tall_nbytes(layer->query_key_value, j.block_rows, 0, 1);
-    const int64_t out = vattention_tall_nbytes(layer->attention_out, j.block_rows, 0, 1);
-    const int64_t gate = vattention_tall_nbytes(layer->gate_up, j.block_rows, 1, 1);
-    const int64_t down = vattention_tall_nbytes(layer->down, j.block_rows, 0, 1);
+    /* Enough for fewer rows too, of which blocks may be larger. */
+    const int64_t room = num_rows < most ? (num_rows + num_threads - 1) / num_threads : BLOCK_ROWS;
+    j.gated_offset = (room * layer->hidden * item + 63) / 64 * 64;
+    j.product_offset = (j.gated_offset + room * layer->down->num_in * item + 63) / 64 * 64;
+    const int64_t in = vattention_tall_nbytes(layer->query_key_value, room, 0, 1);
+    const int64_t out = vattention_tall_nbytes(layer->attention_out, room, 0, 1);
+    const int64_t gate = vattention_tall_nbytes(layer->gate_up, room, 1, 1);
+    const int64_t down = vattention_tall_nbytes(layer->down, room, 0, 1);
     j.thread_nbytes = (j.product_offset + larger(larger(in, out), larger(gate, down)) + 63) / 64 * 64;
     return j;
 }
@@ -83,7 +85,8 @@ static void run(job *j, part_fn part, int32_t num_threads, parallel_fn parallel)
     }
 }
 
-static void product(const job *j, const vattention_weight *weight, const void *x, void *y, int64_t count, char *workspace) {
+static void product(const job *j, const vattention_weight *weight, const void *x, void *y, int64_t count,
+                    char *workspace) {
     vattention_tall(weight, x, weight->num_in, count, y, j->layer->dtype, NULL, workspace + j->product_offset, 1, NULL);
 }
 
@@ -123,7 +126,8 @@ static void behind(const job *j, int64_t first, int64_t count, char *workspace) 
     const vattention_layer *layer = j->layer;
     const int64_t item = bytes(layer->dtype), hidden = layer->hidden * item;
     char *x = j->x + first * hidden, *gated = workspace + j->gated_offset;
-    product(j, layer->attention_out, j->attended + first * layer->attention_out->num_in * item, workspace, count, workspace);
+    const char *attended = j->attended + first * layer->attention_out->num_in * item;
+    product(j, layer->attention_out, attended, workspace, count, workspace);
     vattention_join(&layer->after_attention, workspace, x, count, layer->hidden, layer->dtype, 1, NULL);
     const void *input = norm(j, &layer->before_mlp, x, workspace, count);
     vattention_tall(layer->gate_up, input, layer->hidden, count, gated, layer->dtype, &layer->gating,
@@ -151,8 +155,8 @@ void vattention_layer_tall_before(const vattention_layer *layer, const vattentio
 }
 
 /* x[num_rows, hidden] through what follows attention, in place. */
-void vattention_layer_tall_behind(const vattention_layer *layer, void *attended, int64_t num_rows, void *x, void *workspace,
-                                  int32_t num_threads, parallel_fn parallel) {
+void vattention_layer_tall_behind(const vattention_layer *layer, void *attended, int64_t num_rows, void *x,
+                                  void *workspace, int32_t num_threads, parallel_fn parallel) {
     job j = job_of(layer, num_rows, num_threads);
     j.x = x;
     j.attended = attended;

@@ -391,11 +391,12 @@ int32_t vattention_linear(const vattention_weight *weight, const void *x, int64_
 
 /* Each row's first largest number of y = x W^T + b, NaN counting as largest: its column, and itself in float32.
  *
- * `noise` is one for each row, added before, or NULL. `panels` are the numbers of those in which to look, in ascending order, or NULL for all. y is never whole in memory.
+ * `noise` is one for each row, added before, or NULL. `panels` are the numbers of those in which to look, in ascending
+ * order, or NULL for all. y is never whole in memory.
  * Otherwise as above. */
 int32_t vattention_largest(const vattention_weight *weight, const int32_t *panels, int64_t num_panels, const void *x,
-                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns, float *values,
-                           int32_t num_threads, parallel_fn parallel) {
+                           int64_t x_stride, int64_t num_rows, const vattention_noise *noise, int64_t *columns,
+                           float *values, int32_t num_threads, parallel_fn parallel) {
     job j = {.weight = weight, .x = x, .y_stride = COLUMNS, .y_dtype = FLOAT32, .x_stride = x_stride, .noise = noise};
     j.num_rows = num_rows;
     j.panels = panels;

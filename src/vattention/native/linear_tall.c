@@ -94,7 +94,7 @@ TALL_TARGET INLINE __m512 gated(const pending *p, int64_t half) {
     const __m512 gate = rounded(columns_of(p, p->sums, p->bias, half));
     const __m512 factor = rounded(columns_of(p, p->factors, p->factors_bias, half));
     const __m512 linear = _mm512_set1_ps(p->gating.linear * -LOG2_E), cubic = _mm512_set1_ps(p->gating.cubic * -LOG2_E);
-    const __m512 power = _mm512_mul_ps(gate, _mm512_fmadd_ps(_mm512_mul_ps(gate, gate), cubic, linear));
+    const __m512 power = _mm512_mul_ps(gate, _mm512_fmadd_ps(_mm512_mul_ps(cubic, gate), gate, linear));
     const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_of(power));
     return _mm512_mul_ps(_mm512_div_ps(gate, below), factor);
 }

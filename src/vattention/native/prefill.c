@@ -60,7 +60,9 @@ int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattentio
                                   int32_t num_threads) {
     int64_t most = 0;
     for (int64_t i = 0; i < num_spans; i++) {
-        const int64_t nbytes = heads_together(heads, &spans[i]) * head_nbytes(heads, &spans[i]);
+        /* Enough for fewer of its rows too, with which more heads may be packed together. */
+        const int64_t one = head_nbytes(heads, &spans[i]), packed = one > PACKED_NBYTES ? one : PACKED_NBYTES;
+        const int64_t nbytes = heads->num_kv_heads * one < packed ? heads->num_kv_heads * one : packed;
         most = nbytes > most ? nbytes : most;
     }
     return num_spans == 0 ? 0 : most + num_threads * scratch_nbytes(heads);
@@ -479,8 +481,8 @@ PREFILL_TARGET static void work(void *argument) {
  * `vattention_attend`, without sinks. */
 void vattention_prefill(const vattention_heads *heads, const vattention_cache *keys, const vattention_cache *values,
                         const vattention_tables *tables, const void *query, int64_t query_row_stride,
-                        int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output, void *workspace,
-                        int32_t num_threads, parallel_fn parallel) {
+                        int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output,
+                        void *workspace, int32_t num_threads, parallel_fn parallel) {
 #ifdef HAVE_PREFILL
     for (int64_t i = 0; i < num_spans; i++) {
         const vattention_span *sp = &spans[i];

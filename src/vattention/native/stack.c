@@ -52,7 +52,8 @@ int64_t vattention_stack_nbytes(const vattention_stacked *layers, int64_t num_la
     return most;
 }
 
-/* x[num_tokens, hidden] through the layers and the norm, in place; the rows that are wanted come first then. Returns 0, or -1 where memory ran short. */
+/* x[num_tokens, hidden] through the layers and the norm, in place; the rows that are wanted come first
+ * then. Returns 0, or -1 where memory ran short. */
 int32_t vattention_stack_forward(const vattention_stacked *layers, int64_t num_layers, const vattention_norm *last,
                                  const vattention_batch *batch, const vattention_rotary *rotaries, void *x,
                                  int32_t num_threads, parallel_fn parallel) {
