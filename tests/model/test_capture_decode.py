@@ -37,10 +37,12 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> FakeCapture:
 
 
 class Rig:
-    def __init__(self, kernel: str = "auto", kv_memory: str = "64MiB") -> None:
+    def __init__(self, kernel: str = "auto", kv_memory: str = "64MiB", num_slots: int = 4) -> None:
         self.num_preemptions = 0
         self.model = tiny_llama()
-        self.config = EngineConfig(model="none", max_num_seqs=4, max_num_batched_tokens=16, kv_memory=kv_memory)
+        self.config = EngineConfig(
+            model="none", max_num_seqs=num_slots, max_num_batched_tokens=16, kv_memory=kv_memory
+        )
         attention = probe(self.model)
         self.manager: KVManager = create_manager(
             self.config, attention.cache_specs, dtype=torch.float32, device="cpu", max_len=MAX_LEN
@@ -79,6 +81,15 @@ def test_preempted_sequences_come_back_to_other_slots(graphs: FakeCapture) -> No
     capture_decode(rig.model, rig.runner, rig.manager, graphs)
     assert rig.generate() == expected
     assert rig.num_preemptions > 0
+
+
+def test_a_single_sequence_has_graphs_too(graphs: FakeCapture, caplog: pytest.LogCaptureFixture) -> None:
+    rig = Rig(num_slots=2)
+    capture_decode(rig.model, rig.runner, rig.manager, graphs)
+    assert not caplog.records
+    assert (graphs.num_captures, graphs.num_replays) == (1, 1)
+    rig.generate()
+    assert graphs.num_replays > 60
 
 
 def test_a_kernel_that_cannot_be_captured_is_no_trouble(

@@ -23,9 +23,10 @@ _LENGTHS = (11, 6)
 
 
 def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
-    """Run two prompts through the model's own path one by one, and through the cache together.
+    """Run two prompts, or as many as there are free slots, through the model's own path and through the cache.
 
-    Through the cache they go three times: whole, in two chunks each, and with a last chunk of one token.
+    The model computes them one by one. Through the cache they go together, three times: whole, in two chunks each,
+    and with a last chunk of one token.
 
     Returns:
         The larger relative difference of the logits.
@@ -38,7 +39,7 @@ def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
     generator = torch.Generator().manual_seed(0)
     prompts = [
         torch.randint(vocab_size, (min(length, kv.max_len),), generator=generator).tolist()
-        for length in _LENGTHS[: kv.num_slots]
+        for length in _LENGTHS[: kv.num_free_slots]
     ]
     with runner.suspended(), torch.inference_mode():
         own = torch.cat([_own_logits(model, prompt) for prompt in prompts])
