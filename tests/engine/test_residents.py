@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.fakes import PAGE, completion
+from tests.engine.fakes import PAGE, completion, fake_engine, fake_manager
 from tests.engine.managers import MANAGERS, engine_over
 from tests.engine.test_scheduler import greedy, run
 from vattention.engine.engine import LLMEngine
@@ -68,3 +68,16 @@ def test_one_prefix_of_the_cache_serves_many(options: dict[str, Any]) -> None:
 def test_without_a_common_beginning_each_needs_all(options: dict[str, Any]) -> None:
     engine = engine_with({**options, "enable_prefix_caching": False}, 2 * WHOLE - 1)
     assert most_at_once(engine) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_a_slot_that_graphs_do_not_need_is_nobodys(n: int) -> None:
+    engine = fake_engine(num_slots=4, manager=fake_manager(5, 1000))
+    for index, prompt in enumerate(PROMPTS):
+        engine.add_request(str(index), {"prompt_token_ids": prompt}, greedy(NUM_TOKENS, n))
+    most = 0
+    while engine.has_unfinished_requests():
+        engine.step()
+        most = max(most, len(engine._scheduler.running))
+    assert most == 4
+    engine.close()

@@ -55,6 +55,7 @@ class LLMEngine:
         self._scheduler = Scheduler(
             parts.manager,
             self._swapper,
+            max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_logit_rows=max(1, MAX_LOGITS_NUMBERS // parts.vocab_size),
         )

@@ -14,6 +14,7 @@ class Residents:
     Args:
         manager: whose slots they are.
         swapper: keeps what sequences have computed that lose theirs.
+        max_num_seqs: most that have one; a manager may have more, for CUDA graphs.
 
     Attributes:
         running: in no particular order.
@@ -22,9 +23,10 @@ class Residents:
         DriverError: the system refuses; the sequence is as it was.
     """
 
-    def __init__(self, manager: KVManager, swapper: Swapper) -> None:
+    def __init__(self, manager: KVManager, swapper: Swapper, max_num_seqs: int) -> None:
         self._manager = manager
         self._swapper = swapper
+        self._max_num_seqs = max_num_seqs
         self.running: list[Sequence] = []
 
     def units(self) -> list[list[Sequence]]:
@@ -47,7 +49,7 @@ class Residents:
         num_needed = 1 if sequence.request.beams is None else sequence.request.beams.width
         # An image goes into a slot of its own, which shares nothing.
         token_ids = sequence.wanted_token_ids if sequence.image is None else []
-        return self._manager.num_free_slots >= num_spoken_for + num_needed and self._manager.has_room(
+        return self._num_free_slots >= num_spoken_for + num_needed and self._manager.has_room(
             sequence.num_tokens + 1, token_ids, salt=sequence.request.cache_salt
         )
 
@@ -83,6 +85,8 @@ class Residents:
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Get a slot for a child that shares its parent's tokens; False where there is none, or no memory."""
         assert parent.slot is not None
+        if self._num_free_slots < 1:
+            return False
         try:
             child.slot = self._manager.fork(parent.slot, parent.num_computed)
         except OutOfMemoryError:
@@ -110,6 +114,10 @@ class Residents:
         sequence.slot, sequence.num_computed, sequence.num_promised = None, 0, 0
         if image is not None:
             sequence.image = image
+
+    @property
+    def _num_free_slots(self) -> int:
+        return min(self._manager.num_free_slots, self._max_num_seqs - len(self.running))
 
     def _place(self, sequence: Sequence, token_ids: list[int]) -> int:
         """Give a sequence a slot, and say how many of `token_ids`, its first ones, the cache gave."""

@@ -32,15 +32,22 @@ class Scheduler:
     Args:
         manager: the KV cache whose slots and memory are handed out.
         swapper: keeps what preempted sequences have computed.
+        max_num_seqs: most sequences that run at the same time.
         max_num_batched_tokens: most tokens in one forward.
         max_logit_rows: most tokens of one chunk where each needs its logits, as for prompt logprobs.
     """
 
     def __init__(
-        self, manager: KVManager, swapper: Swapper, *, max_num_batched_tokens: int, max_logit_rows: int
+        self,
+        manager: KVManager,
+        swapper: Swapper,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_logit_rows: int,
     ) -> None:
         self._manager = manager
-        self._residents = Residents(manager, swapper)
+        self._residents = Residents(manager, swapper, max_num_seqs)
         self._max_num_batched_tokens = max_num_batched_tokens
         self._max_logit_rows = max_logit_rows
         self._waiting: list[tuple[tuple[int, int, int], Sequence]] = []
