@@ -18,6 +18,7 @@ from vattention.engine.engine import LLMEngine
 from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager
 from vattention.kv.manager import KVManager, LayerView
+from vattention.model import capture_decode as capture_decode_module
 from vattention.model.capture_decode import capture_decode
 from vattention.model.cuda_graphs import Replay
 from vattention.model.probe import probe
@@ -125,6 +126,31 @@ def test_graphs_that_compute_something_else_are_left_out(
     assert "computes something else" in caplog.text
     assert rig.manager.num_free_slots == free
     assert rig.generate() == expected
+
+
+@pytest.mark.parametrize("where", ["torch.zeros", "Capture.in_use_nbytes", "verify"])
+def test_a_device_without_memory_for_graphs_goes_on_without(
+    where: str, graphs: FakeCapture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected, rig = Rig().generate(), Rig()
+    free = rig.manager.num_free_slots
+
+    def short(*arguments: Any, **keywords: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        match where:
+            case "torch.zeros":
+                patch.setattr(torch, "zeros", short)
+            case "Capture.in_use_nbytes":
+                patch.setattr(FakeCapture, "in_use_nbytes", property(short))
+            case _:
+                patch.setattr(capture_decode_module, "verify", short)
+        capture_decode(rig.model, rig.runner, rig.manager, graphs)
+    assert "CUDA out of memory" in caplog.text
+    assert rig.manager.num_free_slots == free
+    assert rig.generate() == expected
+    assert graphs.num_replays == 0
 
 
 def test_the_limit_is_read_again_behind_graphs(graphs: FakeCapture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from transformers import PreTrainedModel
 
 from vattention.errors import OutOfMemoryError, UnsupportedModelError
@@ -26,7 +27,7 @@ def capture_decode(model: PreTrainedModel, runner: ModelRunner, kv: KVManager, c
     try:
         runner.capture(capture)
         verify(model, runner, kv)
-    except (UnsupportedModelError, OutOfMemoryError) as error:
+    except (UnsupportedModelError, OutOfMemoryError, torch.OutOfMemoryError) as error:
         runner.launch_eagerly()
         _log.warning("decode steps are launched kernel by kernel, not as CUDA graphs: %s", error)
     kv.refresh_limit()

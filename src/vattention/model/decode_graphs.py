@@ -59,6 +59,7 @@ class DecodeGraphs:
     Raises:
         OutOfMemoryError: the cache has no slot to spare, or no memory behind its first token, or none for a longest
             sequence beside it.
+        torch.OutOfMemoryError: the device has no memory for inputs and logits.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class DecodeGraphs:
         if not self._sizes:
             raise OutOfMemoryError(2, kv.num_free_slots, "CUDA graphs need a slot beside the sequences' own")
         self._kv = kv
-        self._scratch = _scratch_slot(kv)
         most = self._sizes[-1]
         self._inputs = torch.zeros(most, 3, dtype=torch.int64, device=device)
         """Of each row the token, its slot and its position."""
         self._logits = torch.zeros(most, width, dtype=torch.float32, device=device)
         self._replays: dict[tuple[int, int], Replay] = {}
         self._gave_up = False
+        # Last, since it is not given back if something above fails.
+        self._scratch = _scratch_slot(kv)
 
     def warm_up(self) -> CaptureReport:
         """Capture graphs for short sequences: the largest batch first, whose memory the others use again."""

@@ -105,13 +105,17 @@ class ModelRunner:
         """Run decode steps as graphs from now on, those for short sequences captured at once.
 
         Raises:
-            OutOfMemoryError: as `DecodeGraphs` says.
+            OutOfMemoryError, torch.OutOfMemoryError: as `DecodeGraphs` says; steps are then launched eagerly.
         """
         self.launch_eagerly()
         windows = {place.spec.window for place in self._attention.places.values()}
         width = self._model.get_output_embeddings().weight.shape[0]
         graphs = DecodeGraphs(self._every_row, capture, self._kv, windows, width=width, device=self._device)
-        report = graphs.warm_up()
+        try:
+            report = graphs.warm_up()
+        except BaseException:
+            graphs.close()
+            raise
         self._graphs = graphs
         return report
 
