@@ -34,11 +34,6 @@ static int64_t head_nbytes(const vattention_heads *heads, const vattention_span 
     return ((end - 1) / KEYS - first / KEYS + 1) * KEYS * (heads->key_dim + heads->value_dim) * 2;
 }
 
-static int64_t heads_together(const vattention_heads *heads, const vattention_span *sp) {
-    const int64_t fit = PACKED_NBYTES / head_nbytes(heads, sp);
-    return fit < 1 ? 1 : fit > heads->num_kv_heads ? heads->num_kv_heads : fit;
-}
-
 /* Of one thread: an item's queries and results, scores, weights, and each lane's largest score and sum. */
 static int64_t scratch_nbytes(const vattention_heads *heads) {
     const int64_t lanes = WIDE * BLOCKS_EACH;
@@ -73,6 +68,11 @@ int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattentio
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define EXP_TARGET PREFILL_TARGET
 #include "exp2.h"
+
+static int64_t heads_together(const vattention_heads *heads, const vattention_span *sp) {
+    const int64_t fit = PACKED_NBYTES / head_nbytes(heads, sp);
+    return fit < 1 ? 1 : fit > heads->num_kv_heads ? heads->num_kv_heads : fit;
+}
 
 typedef struct {
     const vattention_heads *heads;
