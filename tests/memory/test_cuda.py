@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from tests.memory.backends import Backend
 from tests.memory.fake_cuda import GRANULARITY, OUT_OF_MEMORY, STREAM, FakeCuda, FakeTorch
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory.cuda import CudaDriver
+from vattention.memory.cuda_calls import TorchSide
 from vattention.memory.driver import IntArray
 from vattention.memory.pool import PagePool
 from vattention.memory.region import Region
@@ -89,6 +91,29 @@ def test_what_torch_keeps_is_left_for_forward_passes_already(bench: Bench) -> No
     assert bench.driver.memory_info().available_nbytes == 16 * GRANULARITY - reserve
     bench.torch.kept_nbytes = 2 * GRANULARITY
     assert bench.driver.memory_info().available_nbytes == 16 * GRANULARITY
+
+
+def test_what_graphs_keep_is_not_for_forward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def segment(device: int, pool: tuple[int, int], idle_nbytes: int) -> dict[str, object]:
+        sizes = {"total_size": 1000 + idle_nbytes, "allocated_size": 1000}
+        return {"device": device, "segment_pool_id": pool, **sizes}
+
+    segments = [segment(1, (0, 0), 1), segment(1, (0, 0), 20), segment(1, (0, 1), 300), segment(0, (0, 0), 4000)]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000 + 321)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3000)
+    assert TorchSide(1).idle_nbytes() == 21
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_what_torch_keeps_is_found() -> None:
+    side = TorchSide(torch.cuda.current_device())
+    torch.cuda.empty_cache()
+    before = side.idle_nbytes()
+    tensor = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    del tensor
+    assert side.idle_nbytes() >= before + (64 << 20)
+    torch.cuda.empty_cache()
 
 
 def test_shortage_says_what_there_was(bench: Bench) -> None:

@@ -90,6 +90,10 @@ class CudaCalls:
         return DriverError(name, int(code), text.decode() if text else "unknown error")
 
 
+_COMMON_POOL = (0, 0)
+"""Of torch's memory, the pool of all that no other was named for."""
+
+
 class TorchSide:
     """What torch does on a device beside us.
 
@@ -121,7 +125,11 @@ class TorchSide:
         return int(torch.cuda.current_stream(self._index).cuda_stream)
 
     def idle_nbytes(self) -> int:
-        """Memory that torch holds without a tensor in it."""
+        """Memory that torch holds without a tensor in it, without CUDA graphs' pools, which only they can use."""
         import torch
 
-        return int(torch.cuda.memory_reserved(self._index) - torch.cuda.memory_allocated(self._index))
+        return sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+            if segment["device"] == self._index and tuple(segment["segment_pool_id"]) == _COMMON_POOL
+        )
