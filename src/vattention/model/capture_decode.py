@@ -17,7 +17,10 @@ _log = logging.getLogger(__name__)
 
 
 def capture_decode(model: PreTrainedModel, runner: ModelRunner, kv: KVManager, capture: Capture) -> None:
-    """Let decode steps be graphs, verified like everything else; where that cannot be, say so and go on without.
+    """Let decode steps be graphs; where that cannot be, say so and go on without.
+
+    Of the graphs, the one for two sequences of few tokens is verified, or for one where there is one slot.
+    The others come from the same code.
 
     What graphs take is the cache's no more, so its limit is read again.
     """
