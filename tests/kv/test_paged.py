@@ -167,7 +167,7 @@ class PagedMachine(RuleBasedStateMachine):
         image = [run.clone() for run in self.cache.runs(slot, length)]
         self.cache.release(slot)
         self.forget(slot)
-        slot = self.cache.take([]).slot
+        slot = self.cache.take([], salt=salt).slot
         try:
             self.cache.ensure(slot, length, length)
         except OutOfMemoryError:
