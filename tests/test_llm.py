@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 
 from tests.model.tiny import tiny_folder
 from vattention import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
@@ -154,6 +156,16 @@ def test_the_last_reference_takes_the_memory_with_it(folder: Path) -> None:
     del llm
     gc.collect()
     assert maps.read_text().count("memfd:vattention") == before - 1
+
+
+def test_a_former_model_goes_before_the_next_one_comes(folder: Path) -> None:
+    former: list[Any] = [torch.nn.Linear(1, 1)]
+    former.append(former)
+    gc.collect()  # it is old, so that nothing but a full search finds it
+    gone = weakref.ref(former[0])
+    del former
+    with LLM(str(folder), dtype="float32", max_num_seqs=4, kv_memory="64MiB"):
+        assert gone() is None
 
 
 def test_a_conversation_on_disk_outlives_its_llm(folder: Path, tmp_path: Path) -> None:

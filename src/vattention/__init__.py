@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vattention.garbage import no_collections
+
 if TYPE_CHECKING:
     from vattention.config import EngineConfig
     from vattention.engine.async_engine import AsyncEngine
@@ -46,4 +48,5 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that `import vattention` and the command line's help do not load torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vattention' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    with no_collections():
+        return getattr(import_module(_HOMES[name]), name)

@@ -16,6 +16,7 @@ from vattention.cli.files import read_text
 from vattention.cli.options import Options, OptionsOf, takes
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError, RequestError
+from vattention.garbage import staying
 from vattention.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ def chat(
         raise ConfigError("chat needs a tokenizer; leave out --skip-tokenizer-init")
     SamplingParams(**sampling)  # a wrong option should not wait for the model to load
 
-    from vattention.engine.engine import LLMEngine
+    with staying():
+        from vattention.engine.engine import LLMEngine
 
-    served = LLMEngine.from_config(config)
+        served = LLMEngine.from_config(config)
     try:
         params = SamplingParams(**{**served.default_sampling, **sampling})
         print(f"{served.model_name}: {HELP}", file=sys.stderr)

@@ -15,6 +15,7 @@ from vattention.cli.options import Options, OptionsOf, takes
 from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.errors import ConfigError, RequestError, VAttentionError
+from vattention.garbage import staying
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
 
@@ -57,11 +58,12 @@ def generate(
     config = EngineConfig(model=model, **engine)
     SamplingParams(**sampling)  # a wrong option should not wait for the model to load
 
-    from vattention.engine.engine import LLMEngine
-
     failed = 0
     with nullcontext(sys.stdout) if output is None else open_output(output) as sink:
-        served = LLMEngine.from_config(config)
+        with staying():
+            from vattention.engine.engine import LLMEngine
+
+            served = LLMEngine.from_config(config)
         try:
             for index, result in enumerate(complete(served, work, sampling)):
                 failed += result.error is not None

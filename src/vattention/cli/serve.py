@@ -15,6 +15,7 @@ from vattention.cli.info import memory
 from vattention.cli.options import Options, OptionsOf, takes
 from vattention.cli.sizes import size
 from vattention.config import EngineConfig
+from vattention.garbage import staying
 
 if TYPE_CHECKING:
     from vattention.engine.async_engine import AsyncEngine
@@ -50,17 +51,18 @@ def serve(
     template = None if chat_template is None else read_text(chat_template)
     config = EngineConfig(model=model, **engine)
 
-    from vattention.server import bind
+    with staying():
+        from vattention.server import bind
 
-    listener = bind(host, port)
-    try:
-        from vattention.engine.async_engine import AsyncEngine
-        from vattention.server import serve as run_server
+        listener = bind(host, port)
+        try:
+            from vattention.engine.async_engine import AsyncEngine
+            from vattention.server import serve as run_server
 
-        served = AsyncEngine.from_config(config)
-    except BaseException:
-        listener.close()
-        raise
+            served = AsyncEngine.from_config(config)
+        except BaseException:
+            listener.close()
+            raise
     name = served_model_name or served.model_name
     run_server(
         served,

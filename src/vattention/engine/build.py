@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
 
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
+from vattention.garbage import no_collections
 from vattention.kv.build import create_manager, create_swap_space
 from vattention.model.capture_decode import capture_decode
 from vattention.model.cuda_graphs import CudaCapture
@@ -29,6 +31,13 @@ def build(config: EngineConfig) -> Parts:
     Raises:
         ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say; nothing is left behind.
     """
+    if gc.isenabled():
+        gc.collect()  # an engine's modules refer to each other, and a former one's weights should not wait for that
+    with no_collections():
+        return _build(config)
+
+
+def _build(config: EngineConfig) -> Parts:
     loaded = load(config)
     swap_space = create_swap_space(config, str(loaded.model.device))
     identity = fingerprint(loaded.model)
