@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
 import torch
 
@@ -59,22 +60,47 @@ class CudaCapture:
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             try:
-                # The outer block brings the current stream back, which a capture that is broken off does not. Only
-                # this thread is held to what a capture allows: the mapper goes on beside it.
-                with (
-                    torch.cuda.stream(current),
-                    torch.cuda.graph(
-                        graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                    ),
-                ):
+                with self._writing_down(graph, self._pool):
                     function()
             except BaseException:
                 self._failed.append(graph)
-                # A pool that was being taken from cannot be used again.
-                self._pool = torch.cuda.graph_pool_handle()
+                self._abandon()
                 raise
         replay: Replay = graph.replay
         return replay
+
+    @contextmanager
+    def _writing_down(self, graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
+        """Capture the block in the caller's modes; a `pool` of None is one for this graph alone."""
+        infers, has_gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        with (
+            # A first capture makes tensors for random numbers, to which later ones write, whatever their modes.
+            torch.inference_mode(False),
+            # This brings the current stream back, which a capture that is broken off does not.
+            torch.cuda.stream(torch.cuda.current_stream(self._device)),
+            # Only this thread is held to what a capture allows: the mapper goes on beside it.
+            torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"),
+            torch.inference_mode(infers),
+            torch.set_grad_enabled(has_gradients),
+        ):
+            yield
+
+    def _abandon(self) -> None:
+        """Leave a capture that was broken off.
+
+        torch 2.11 goes on as if it were under way: emptying the cache, which a capture begins with, and drawing
+        random numbers are errors then, and whoever runs out of memory gets none that is only kept.
+        """
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):  # torch did so itself: later versions always, 2.11 where no work was refused
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        # A pool that was being taken from cannot be used again.
+        self._pool = torch.cuda.graph_pool_handle()
+        # Random numbers come back with the next capture that ends well. The device may be beyond help, of which the
+        # first error tells.
+        with suppress(RuntimeError), self._writing_down(torch.cuda.CUDAGraph(), None):
+            torch.zeros(1, device=self._device)
 
     @property
     def in_use_nbytes(self) -> int:
