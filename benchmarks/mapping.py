@@ -177,7 +177,7 @@ def surroundings(device: str) -> dict[str, str]:
     """What the figures depend on."""
     found = {"device": device, "machine": platform.machine(), "kernel": platform.release()}
     found["python"] = platform.python_version()
-    for package in ("numpy", "torch", "cuda-bindings"):
+    for package in ("numpy", "torch", "transformers", "triton", "cuda-bindings"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -59,6 +59,8 @@ def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, o
                     fixed[name] = _time(machine, name, view, query, copies, _any_length)
             except Exception as error:  # one kernel's trouble is a finding, and the others are to be measured
                 failed[f"{name}{label}"] = repr(error)
+                # At once: where the device is broken, all that follows fails, and this table with it.
+                print(f"{name}{label}, batch {num_seqs}, context {context}: {error!r}", flush=True)
     slots = {name: s for name, s in times.items() if " of " not in name}
     blocks = {name: s for name, s in times.items() if " of " in name}
     if slots and blocks:

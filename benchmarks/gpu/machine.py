@@ -89,17 +89,8 @@ class Machine:
         """Mean time of many short calls: on a GPU replayed from a graph, so that launching them costs nothing."""
         if not self.is_gpu:
             return self.seconds(lambda: [call() for call in calls]) / len(calls)
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in calls:
-                call()
-        return self.seconds(graph.replay) / len(calls)
+        replay = CudaCapture(self.device)(lambda: [call() for call in calls])
+        return self.seconds(replay) / len(calls)
 
     @cached_property
     def copy_nbytes_per_s(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import MappingProxyType
 
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import steps
+from benchmarks.gpu.apart import measure_apart
 from benchmarks.gpu.machine import Machine, Table
 from tests.model.fake_graphs import DeviceKernel, FakeCapture
 from vattention.attention import registry
@@ -18,7 +20,7 @@ from vattention.kv.manager import LayerView
 
 def test_every_part_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "gpu.json"
-    gpu.main(["--device", "cpu", "--tiny", "--json", str(report)])
+    gpu.main(["--device", "cpu", "--tiny", "--here", "--json", str(report)])
     parts = json.loads(report.read_text())["parts"]
     assert list(parts) == list(gpu.PARTS)
     printed = capsys.readouterr().out
@@ -53,24 +55,67 @@ def test_a_failed_part_is_done_again_and_the_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "gpu.json"
-    call = ["--device", "cpu", "--tiny", "--json", str(report)]
-    monkeypatch.setattr(gpu, "PARTS", {"first": fails, "second": works})
+    call = ["--device", "cpu", "--tiny", "--here", "--json", str(report)]
+    monkeypatch.setattr(gpu, "PARTS", {"first": works, "second": fails, "third": works})
     gpu.main(call)
-    assert "not today" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "not today" in captured.out
+    assert "Traceback" in captured.err
     found = json.loads(report.read_text())["parts"]
-    assert "not today" in found["first"]["failed"]
-    assert found["second"]["rows"] == [{"figure": 1.5, "more": {"a": 1}}]
-    monkeypatch.setattr(gpu, "PARTS", {"first": works, "second": fails})
+    assert "not today" in found["second"]["failed"]
+    assert found["first"]["rows"] == [{"figure": 1.5, "more": {"a": 1}}]
+    assert "third" not in found
+    monkeypatch.setattr(gpu, "PARTS", {"first": fails, "second": works, "third": works})
     gpu.main(call)
     found = json.loads(report.read_text())["parts"]
     assert all("failed" not in part for part in found.values())
-    gpu.main([*call, "--only", "second"])
-    assert "failed" in json.loads(report.read_text())["parts"]["second"]
+    gpu.main([*call, "--only", "first"])
+    assert "failed" in json.loads(report.read_text())["parts"]["first"]
+
+
+def test_parts_run_in_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--tiny", "--only", "ceilings", "--json", str(report)])
+    assert json.loads(report.read_text())["parts"]["ceilings"]["rows"]
+    assert "Ceilings" in capfd.readouterr().out
+
+
+BREAKS = """
+import json, os, sys, time
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu.machine import Table
+from tests.benchmarks.test_gpu import fails, works
+
+gpu.MOST_SECONDS = 0.2
+gpu.PARTS = {
+    "one": works, "two": lambda machine: os._exit(7), "three": works, "four": fails,
+    "five": lambda machine: time.sleep(60), "six": works,
+}
+gpu.main(["--device", "cpu", "--tiny", "--here", "--json", *sys.argv[1:]])
+"""
+
+
+def test_a_part_that_ends_its_process_or_hangs_costs_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "gpu.json"
+    names = ("one", "two", "three", "four", "five", "six")
+    measure_apart([sys.executable, "-c", BREAKS, str(report)], names, report, 100)
+    parts = json.loads(report.read_text())["parts"]
+    assert [name for name in names if "rows" in parts[name]] == ["one", "three", "six"]
+    assert parts["two"]["failed"] == parts["five"]["failed"] == "its process ended"
+    assert "not today" in parts["four"]["failed"]
+    assert "most recent call first" in capfd.readouterr().err
+
+
+def test_a_process_that_begins_nothing_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="began none of one, two, and ended with 3"):
+        measure_apart([sys.executable, "-c", "raise SystemExit(3)"], ("one", "two"), tmp_path / "gpu.json", 100)
 
 
 def test_no_part_is_begun_too_late(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "PARTS", {"first": works})
-    gpu.main(["--device", "cpu", "--tiny", "--seconds", "0"])
+    gpu.main(["--device", "cpu", "--tiny", "--here", "--seconds", "0"])
     assert capsys.readouterr().out == "first: left for another run, 0 s are over\n"
 
 
