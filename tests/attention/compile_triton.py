@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and prints what shared memory they take.
+"""Compiles the Triton kernels for GPUs that need not be there, and prints what shared memory they take, and how
+many of their copies are of 16 bytes.
 
 python -m tests.attention.compile_triton
 """
@@ -22,17 +23,20 @@ CASES = ((90, torch.bfloat16, 128, 0, 4), (90, torch.float32, 256, 16, 1), (80, 
 
 
 def signature(kernel: Any, constants: Mapping[str, Any], dtype: torch.dtype) -> dict[str, str]:
-    kinds = dict.fromkeys(("query", "keys", "values", "output"), f"*{TYPES[dtype]}")
+    kinds = dict.fromkeys(("query", "output"), f"*{TYPES[dtype]}") | dict.fromkeys(("keys", "values"), "i64")
     kinds |= dict.fromkeys(("tables", "slots", "first_keys", "end_keys"), "*i32")
     kinds |= dict.fromkeys(("parts", "maxima", "sums", "sinks"), "*fp32")
     kinds |= dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(constants, "constexpr")
     return {name: kinds.get(name, "i32") for name in kernel.arg_names}
 
 
-def shared_nbytes(kernel: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int) -> int:
+def compiled(kernel: Any, constants: Mapping[str, Any], dtype: torch.dtype, capability: int) -> Any:
     mine = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    source = ASTSource(kernel, signature(kernel, mine, dtype), mine)
-    return int(compile_kernel(source, target=GPUTarget("cuda", capability, 32)).metadata.shared)
+    kinds = signature(kernel, mine, dtype)
+    # Strides and tensors that are no columns of the batch's numbers are multiples of 16.
+    unknown = ("scale", "softcap", "slots", "first_keys", "end_keys", "keys", "values", *mine)
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kinds) if name not in unknown}
+    return compile_kernel(ASTSource(kernel, kinds, mine, attributes), target=GPUTarget("cuda", capability, 32))
 
 
 def main() -> None:
@@ -49,10 +53,12 @@ def main() -> None:
             "block_size": block_size,
             "has_softcap": True,
             "has_sinks": True,
+            "is_aligned": True,
         }
         for kernel in (triton_kernels.partial_attention, triton_kernels.join_parts):
-            nbytes = shared_nbytes(kernel, constants, dtype, capability)
-            print(kernel.__name__, capability, TYPES[dtype], dim, nbytes)
+            found = compiled(kernel, constants, dtype, capability)
+            wide = found.asm["ptx"].count("cp.async.cg")
+            print(kernel.__name__, capability, TYPES[dtype], dim, found.metadata.shared, wide)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,10 @@ from tests.attention.cases import BATCHES, SPECS, filled, in_blocks
 from tests.attention.reference import attend
 from tests.attention.subjects import HAS_GPU, HAS_TRITON, empty_view
 from vattention.attention import triton_decode
+from vattention.attention.sequences import sequences
 from vattention.attention.triton_decode import MOST_SPLITS, TritonKernel, TritonPagedKernel, splits
 from vattention.core import AttentionSpec
-from vattention.kv.manager import LayerView
+from vattention.kv.manager import CacheView, LayerView
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
 
@@ -82,12 +86,52 @@ def test_says_what_it_cannot() -> None:
         assert "not installed" in reason(spec)
 
 
+class Launcher:
+    """Triton's on a GPU, as strict as the driver behind it may be: every tensor has to begin in mapped memory."""
+
+    def __init__(self, view: CacheView) -> None:
+        self._reserved = {view.keys.untyped_storage().data_ptr(), view.values.untyped_storage().data_ptr()}
+        self.keywords: dict[str, Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, **keywords: Any) -> None:
+            self.keywords |= keywords
+            for at, argument in enumerate(arguments):
+                if isinstance(argument, torch.Tensor) and argument.untyped_storage().data_ptr() in self._reserved:
+                    raise ValueError(f"Pointer argument (at {at}) cannot be accessed from Triton (cpu tensor?)")
+
+        return launch
+
+
+@pytest.mark.parametrize("offset", [0, 4])
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_a_cache_may_begin_where_no_memory_is(
+    block_size: int | None, offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPECS["gqa"]
+    query, view, batch, _ = filled(spec, BATCHES["decodes"])
+    stored: CacheView = view if block_size is None else in_blocks(view, batch, spec, block_size)
+    shifted = stored.keys.new_empty(stored.keys.numel() + offset)[offset:].view(stored.keys.shape)
+    stored = replace(stored, keys=shifted)
+    launcher = Launcher(stored)
+    kernels = SimpleNamespace(partial_attention=launcher, join_parts=launcher)
+    monkeypatch.setattr(triton_decode, "_kernels", lambda: kernels)
+    for half in sequences(batch, spec.window):
+        triton_decode.decode(query, stored, half, spec, None)
+    # What Triton finds out by itself of tensors: whether 16 bytes can be read at a time.
+    addresses = stored.keys.data_ptr(), stored.values.data_ptr()
+    assert launcher.keywords["is_aligned"] == all(address % 16 == 0 for address in addresses)
+
+
 @needs_triton
 def test_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.attention.compile_triton"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
-    shared = [int(line.split()[-1]) for line in result.stdout.splitlines()]
+    found = [line.split() for line in result.stdout.splitlines()]
+    shared = [int(words[-2]) for words in found]
     assert len(shared) == 6
     assert max(shared) <= 99 * 1024  # of a block on GPUs that are not a data centre's
+    # Keys and values are copied 16 bytes at a time, behind the products.
+    assert all(int(words[-1]) > 0 for words in found if words[0] == "partial_attention")

@@ -143,10 +143,11 @@ def _decode(
     parts = query.new_empty(*shape, spec.value_dim, dtype=torch.float32)
     maxima, sums = (query.new_empty(shape, dtype=torch.float32) for _ in "ms")
     logits = output if sinks is None else sinks.float().contiguous()
+    keys, values = view.keys.data_ptr(), view.values.data_ptr()
     kernels.partial_attention[(count, num_programs, num_splits)](
         query,
-        view.keys,
-        view.values,
+        keys,
+        values,
         tables,
         chosen.slots,
         chosen.first_keys,
@@ -174,6 +175,7 @@ def _decode(
         block_size=block_size,
         has_softcap=spec.softcap is not None,
         has_sinks=sinks is not None,
+        is_aligned=not (keys | values) % 16,
     )
     if num_splits > 1:
         kernels.join_parts[(count, spec.num_heads)](

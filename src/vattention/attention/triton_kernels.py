@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("slots", "first_keys", "end_keys"))
 def partial_attention(  # noqa: PLR0915  # a kernel is one function
     query,
     keys,
@@ -50,12 +50,19 @@ def partial_attention(  # noqa: PLR0915  # a kernel is one function
     block_size: tl.constexpr,
     has_softcap: tl.constexpr,
     has_sinks: tl.constexpr,
+    is_aligned: tl.constexpr,
 ):
     """One sequence, some query heads of one key head, one of `num_splits` parts of the keys.
 
+    `keys` and `values` are addresses, since Triton may refuse tensors that begin where no memory is mapped.
     `outer` is a slot, or a block where `block_size` is not 0. Without parts the result goes to `output`
     [n, num_heads, value_dim]; else to `parts` [n, num_heads, num_splits, value_dim], not yet divided by `sums`.
     """
+    keys = keys.to(tl.pointer_type(query.dtype.element_ty))
+    values = values.to(tl.pointer_type(query.dtype.element_ty))
+    if is_aligned:
+        keys = tl.multiple_of(keys, 16)
+        values = tl.multiple_of(values, 16)
     sequence = tl.program_id(0)
     blocks_of_rows = (group + num_rows - 1) // num_rows
     kv_head = tl.program_id(1) // blocks_of_rows
