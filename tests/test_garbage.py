@@ -47,8 +47,9 @@ def test_nothing_is_collected_inside(
     block: Callable[[], AbstractContextManager[None]], collections: list[str]
 ) -> None:
     with block():
+        collections.clear()
         cycles = [Cycle() for _ in range(5 * gc.get_threshold()[0])]
-    assert not collections
+        assert not collections
     assert len(cycles) == 5 * gc.get_threshold()[0]
     assert gc.isenabled()
 

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """Inside the block nothing is searched for cycles; what it leaves counts as old from then on.
+    """After a full search, nothing is searched for cycles inside the block; what it leaves counts as old.
 
     The libraries' modules and a large vocabulary are some million objects, and while they come a full search starts
-    with each quarter more.
+    with each quarter more. A model's modules refer to each other: without the first search the weights of a former
+    one would stay while another is loaded.
     """
     if not gc.isenabled():
         yield
         return
+    gc.collect()
     gc.disable()
     try:
         yield

@@ -48,6 +48,18 @@ def test_a_mask_function_is_asked_for_masks() -> None:
     assert [given is mask for given in function.masks] == [True] * 3
 
 
+def test_another_function_takes_over() -> None:
+    model = ARCHITECTURES["mistral"]()
+    before, functions = registered(), [Counter(), Counter()]
+    hook = AttentionHook(model, functions[0])
+    model(TOKENS, use_cache=False)
+    hook.replace(functions[1])
+    model(TOKENS, use_cache=False)
+    hook.close()
+    assert [len(function.masks) for function in functions] == [3, 3]
+    assert registered() == before
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "gemma3n"])
 def test_close_leaves_the_model_and_the_interfaces_as_they_were(architecture: str) -> None:
     model = ARCHITECTURES[architecture]()

@@ -144,6 +144,12 @@ def test_gives_the_weight_back(method: type[LinearMethod], dtype: torch.dtype) -
         assert torch.equal(method.pack(weight, None).weight(), weight)
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method.available(torch.bfloat16)])
+def test_takes_a_weight_that_begins_anywhere(method: type[LinearMethod]) -> None:
+    weight = torch.randn(1 + 70 * 60).bfloat16()[1:].view(70, 60)
+    assert torch.equal(method.pack(weight, None).weight(), weight)
+
+
 @pytest.mark.parametrize(("method", "dtype"), CASES)
 def test_takes_any_strides(method: type[LinearMethod], dtype: torch.dtype) -> None:
     weight = torch.randn(70, 60).T[:, ::2].to(dtype)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from tests.attention.dense import DenseManager
 from tests.model.architectures import ARCHITECTURES, MAX_LEN
 from vattention.errors import UnsupportedModelError
+from vattention.model import verify as subject
 from vattention.model.probe import ModelAttention, probe
 from vattention.model.runner import ModelRunner
 from vattention.model.verify import verify
@@ -89,6 +90,15 @@ def test_slots_come_back_when_it_fails() -> None:
 def test_nan_is_a_difference() -> None:
     model = ARCHITECTURES["llama"]()
     with running(model, with_specs(scale=float("nan"))) as (runner, kv), pytest.raises(UnsupportedModelError):
+        verify(model, runner, kv)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_nan_in_one_of_three_is_a_difference(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = [float("nan") if index == position else 0.0 for index in range(3)]
+    monkeypatch.setattr(subject, "_difference_through", lambda *_: differences.pop())
+    model = ARCHITECTURES["llama"]()
+    with running(model) as (runner, kv), pytest.raises(UnsupportedModelError, match="differ by nan"):
         verify(model, runner, kv)
 
 

@@ -26,6 +26,7 @@ from vattention.engine.orders import Order
 from vattention.engine.stats import EngineStatistics, StatsListener
 from vattention.engine.stream import RequestStream, Streams
 from vattention.errors import EngineStoppedError
+from vattention.garbage import no_collections
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
@@ -59,7 +60,8 @@ class AsyncEngine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> AsyncEngine:
         """Load the model and start the engine's thread. Blocks; raises as `LLMEngine.from_config`."""
-        return cls(LLMEngine.from_config(config))
+        with no_collections():
+            return cls(LLMEngine.from_config(config))
 
     @property
     def config(self) -> EngineConfig:

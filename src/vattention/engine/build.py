@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,8 +30,6 @@ def build(config: EngineConfig) -> Parts:
     Raises:
         ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say; nothing is left behind.
     """
-    if gc.isenabled():
-        gc.collect()  # an engine's modules refer to each other, and a former one's weights should not wait for that
     with no_collections():
         return _build(config)
 

@@ -28,7 +28,7 @@ from vattention.model.fused_attention import FusedAttention
 from vattention.model.hook import AttentionHook
 from vattention.model.linear import NativeLinear, PackedLinear
 from vattention.model.optimize import TOLERANCE, row_difference
-from vattention.model.probe import ModelAttention
+from vattention.model.probe import AttentionLayer, ModelAttention
 from vattention.native import DecoderLayer, Kernels, Norm, Workspace, kernels
 
 _log = logging.getLogger(__name__)
@@ -197,29 +197,33 @@ def fuse_layers(model: PreTrainedModel, attention: ModelAttention) -> int:
     if compiled is None:
         return 0
     workspace = Workspace()
-    num_fused = 0
-    for own in attention.layers:
-        name, _, last = own.name.rpartition(".")
-        layer = model.get_submodule(name)
-        if last != "self_attn" or "forward" in vars(layer) or own.spec.has_sinks or not own.writes:
-            continue
-        parts = Parts.of(layer)
-        head_dim = None if parts is None else parts.attention.head_dim
-        if (
-            parts is None
-            or not own.spec.key_dim == own.spec.value_dim == head_dim
-            or parts.mlp.dtype != model.dtype
-        ):
-            continue
-        module = model.get_submodule(own.name)
-        fused = FusedLayer(compiled, layer, module, parts, own.spec, workspace)
-        difference = _difference(model, layer, module, fused, own.spec)
-        if difference <= _LAYER_TOLERANCE * TOLERANCE[model.dtype]:
-            layer.forward = fused
-            num_fused += 1
-        else:
-            _log.info("%s is no layer that can be fused: its results are off by %.2g", name, difference)
-    return num_fused
+    trial = _Trial(model)
+    try:
+        return sum(_fuse(compiled, model, own, workspace, trial) for own in attention.layers)
+    finally:
+        trial.close()
+
+
+def _fuse(
+    compiled: Kernels, model: PreTrainedModel, own: AttentionLayer, workspace: Workspace, trial: _Trial
+) -> bool:
+    """Let the decoder layer around one attention module run in one call, if it computes the same then."""
+    name, _, last = own.name.rpartition(".")
+    layer = model.get_submodule(name)
+    if last != "self_attn" or "forward" in vars(layer) or own.spec.has_sinks or not own.writes:
+        return False
+    parts = Parts.of(layer)
+    head_dim = None if parts is None else parts.attention.head_dim
+    if parts is None or not own.spec.key_dim == own.spec.value_dim == head_dim or parts.mlp.dtype != model.dtype:
+        return False
+    module = model.get_submodule(own.name)
+    fused = FusedLayer(compiled, layer, module, parts, own.spec, workspace)
+    difference = trial.difference(layer, module, fused, own.spec)
+    if not difference <= _LAYER_TOLERANCE * TOLERANCE[model.dtype]:
+        _log.info("%s is no layer that can be fused: its results are off by %.2g", name, difference)
+        return False
+    layer.forward = fused
+    return True
 
 
 class _ClaimsOnly(BatchAttention):
@@ -235,47 +239,53 @@ _PROMPT = (Chunk(2, 38, [0], 1), Chunk(1, 5, [0] * 140, 1), Chunk(0, 0, [0] * 3,
 """With enough rows for products of many."""
 
 
-def _difference(
-    model: PreTrainedModel, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec
-) -> float:
-    """How far the fused layer's results and cached tokens are off for random inputs and a random cache."""
-    batches = [_STEP, _PROMPT] if fused.prefills else [_STEP]
-    return max(_difference_of(model, layer, module, fused, spec, RaggedBatch.of(batch)) for batch in batches)
+class _Trial:
+    """Runs layers of a model in both ways, for random inputs and a random cache."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._dtype = model.dtype
+        self._hook = AttentionHook(model, BatchAttention({}))
+        self._random: dict[tuple[int, ...], Tensor] = {}
 
-def _difference_of(
-    model: PreTrainedModel,
-    layer: nn.Module,
-    module: nn.Module,
-    fused: FusedLayer,
-    spec: AttentionSpec,
-    batch: RaggedBatch,
-) -> float:
-    generator = torch.Generator().manual_seed(0)
-    num_tokens = len(batch.slots)
+    def close(self) -> None:
+        self._hook.close()
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(model.dtype)
+    def difference(self, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec) -> float:
+        """How far the fused layer's results and cached tokens are off."""
+        batches = [_STEP, _PROMPT] if fused.prefills else [_STEP]
+        return max(self._difference_of(layer, module, fused, spec, RaggedBatch.of(batch)) for batch in batches)
 
-    # Beside small hidden states, what the layer adds to them shows.
-    scales = torch.tensor([1.0, 0.1, 0.01]).repeat(num_tokens)[:num_tokens, None]
-    hidden = random(1, num_tokens, fused.hidden) * scales.to(model.dtype)
-    embeddings = (random(1, num_tokens, spec.key_dim), random(1, num_tokens, spec.key_dim))
-    filled = [random(_NUM_SLOTS, _MAX_LEN, spec.num_kv_heads, dim) for dim in (spec.key_dim, spec.value_dim)]
-    results = []
-    for forward, kind in ((layer.forward, BatchAttention), (fused, _ClaimsOnly)):
-        view = LayerView(*(numbers.clone() for numbers in filled))
-        attention = kind({module: Place(0, spec, view, True, _KERNEL)})
-        hook = AttentionHook(model, attention)
-        attention.begin(batch)
-        try:
-            output = forward(hidden, position_embeddings=embeddings, attention_mask=None)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
-            _log.info("a %s takes more than Llama's does: %s", type(layer).__name__, error)
-            return float("inf")
-        finally:
-            hook.close()
-        if not isinstance(output, Tensor) or output.shape != hidden.shape or attention.num_attended != 1:
-            return float("inf")
-        results.append((output[0], view.keys.flatten(1), view.values.flatten(1)))
-    return max(row_difference(own, expected) for expected, own in zip(*results, strict=True))
+    def _drawn(self, seed: int, *shape: int) -> Tensor:
+        """Random numbers, the same for all layers."""
+        if (seed, *shape) not in self._random:
+            generator = torch.Generator().manual_seed(seed)
+            self._random[seed, *shape] = torch.randn(*shape, generator=generator).to(self._dtype)
+        return self._random[seed, *shape]
+
+    def _difference_of(
+        self, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec, batch: RaggedBatch
+    ) -> float:
+        num_tokens = len(batch.slots)
+        # Beside small hidden states, what the layer adds to them shows.
+        scales = torch.tensor([1.0, 0.1, 0.01]).repeat(num_tokens)[:num_tokens, None]
+        hidden = self._drawn(0, 1, num_tokens, fused.hidden) * scales.to(self._dtype)
+        embeddings = tuple(self._drawn(seed, 1, num_tokens, spec.key_dim) for seed in (1, 2))
+        filled = [
+            self._drawn(seed, _NUM_SLOTS, _MAX_LEN, spec.num_kv_heads, dim)
+            for seed, dim in ((3, spec.key_dim), (4, spec.value_dim))
+        ]
+        results = []
+        for forward, kind in ((layer.forward, BatchAttention), (fused, _ClaimsOnly)):
+            view = LayerView(*(numbers.clone() for numbers in filled))
+            attention = kind({module: Place(0, spec, view, True, _KERNEL)})
+            self._hook.replace(attention)
+            attention.begin(batch)
+            try:
+                output = forward(hidden, position_embeddings=embeddings, attention_mask=None)
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+                _log.info("a %s takes more than Llama's does: %s", type(layer).__name__, error)
+                return float("inf")
+            if not isinstance(output, Tensor) or output.shape != hidden.shape or attention.num_attended != 1:
+                return float("inf")
+            results.append((output[0], view.keys.flatten(1), view.values.flatten(1)))
+        return max(row_difference(own, expected) for expected, own in zip(*results, strict=True))

@@ -49,6 +49,10 @@ class AttentionHook:
             self._unregister()
             raise
 
+    def replace(self, function: AttentionFunction) -> None:
+        """Let another function compute it from now on; hooking it anew goes through the whole model."""
+        AttentionInterface.register(self._name, function)
+
     @contextmanager
     def suspended(self, name: str) -> Iterator[None]:
         """Let the model compute with an implementation of its own, such as "eager", inside the block."""

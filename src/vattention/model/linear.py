@@ -300,18 +300,25 @@ def _panels_of(weight: Tensor) -> Tensor:
     [ceil(out / 32), ceil(in / 2), 32, 2] of bfloat16.
     """
     num_out, num_in = weight.shape
-    num_panels, width = math.ceil(num_out / COLUMNS), 1 if weight.dtype == torch.float32 else 2
+    num_panels, width = math.ceil(num_out / COLUMNS), 4 // weight.itemsize
     num_steps = math.ceil(num_in / width)
     panels = huge_empty(num_panels * num_steps * width * COLUMNS, weight.dtype)
     panels = panels.view(num_panels, num_steps, COLUMNS, width)
     whole = num_out // COLUMNS
     rest = F.pad(weight[whole * COLUMNS :], (0, 0, 0, -num_out % COLUMNS))
     for part, rows in ((panels[:whole], weight[: whole * COLUMNS]), (panels[whole:], rest)):
-        if len(part) and num_steps * width == num_in:
-            part.copy_(rows.view(-1, COLUMNS, num_steps, width).transpose(1, 2))
-        elif len(part):
-            part.copy_(F.pad(rows, (0, 1)).view(-1, COLUMNS, num_steps, width).transpose(1, 2))
+        if len(part):
+            # A column's numbers of a step move as one.
+            whole_steps = rows if num_steps * width == num_in else F.pad(rows, (0, 1))
+            words = _as_words(whole_steps).view(-1, COLUMNS, num_steps)
+            part.view(torch.int32).squeeze(3).copy_(words.transpose(1, 2))
     return panels
+
+
+def _as_words(rows: Tensor) -> Tensor:
+    """Rows of an even number of bytes by four as int32, of the same memory where that begins at a word."""
+    rows = rows.contiguous()
+    return (rows.clone() if rows.storage_offset() * rows.itemsize % 4 else rows).view(torch.int32)
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -24,6 +24,8 @@ GROUP = 32
 _SCALES_NBYTES = 2 * COLUMNS
 _BLOCK_NUMEL = 1 << 20
 """Weights that are quantized at a time: temporary memory is some twenty bytes for each."""
+_LOWER, _UPPERMOST = 0x0F0F0F0F, ~0x7F7F7F7F
+"""Of each byte of an int32."""
 
 
 class Format(Protocol):
@@ -56,12 +58,12 @@ class Format(Protocol):
         ...
 
     @classmethod
-    def split(cls, lines: Tensor) -> Tensor:
-        """A column's bytes of a group's lines [..., bits, 4] of codes as they lie in memory."""
+    def split(cls, words: Tensor) -> Tensor:
+        """A column's four bytes of each of a group's lines, int32 [..., bits], as they lie in memory."""
         ...
 
     @classmethod
-    def join(cls, lines: Tensor) -> Tensor:
+    def join(cls, words: Tensor) -> Tensor:
         """The inverse of `split`."""
         ...
 
@@ -74,12 +76,12 @@ class _WholeLines:
         return panels[..., :_SCALES_NBYTES], _by_line(panels[..., _SCALES_NBYTES:])
 
     @classmethod
-    def split(cls, lines: Tensor) -> Tensor:
-        return lines
+    def split(cls, words: Tensor) -> Tensor:
+        return words
 
     @classmethod
-    def join(cls, lines: Tensor) -> Tensor:
-        return lines
+    def join(cls, words: Tensor) -> Tensor:
+        return words
 
 
 class Int8(_WholeLines):
@@ -113,16 +115,18 @@ class HalvedInt8(Int8):
         return upper[..., :_SCALES_NBYTES], _by_line(upper[..., _SCALES_NBYTES:]), _by_line(lower)
 
     @classmethod
-    def split(cls, lines: Tensor) -> Tensor:
-        raised = lines ^ 128
-        first, second = raised[..., 0::2, :], raised[..., 1::2, :]
-        return torch.cat(((first >> 4) | (second & 240), (first & 15) | (second << 4)), -2)
+    def split(cls, words: Tensor) -> Tensor:
+        raised = words ^ _UPPERMOST
+        first, second = raised[..., 0::2], raised[..., 1::2]
+        upper = ((first >> 4) & _LOWER) | (second & ~_LOWER)
+        return torch.cat((upper, (first & _LOWER) | ((second & _LOWER) << 4)), -1)
 
     @classmethod
-    def join(cls, lines: Tensor) -> Tensor:
-        upper, lower = lines.chunk(2, -2)
-        first, second = (upper << 4) | (lower & 15), (upper & 240) | (lower >> 4)
-        return torch.stack((first, second), -2).view(lines.shape) ^ 128
+    def join(cls, words: Tensor) -> Tensor:
+        upper, lower = words.chunk(2, -1)
+        first = ((upper & _LOWER) << 4) | (lower & _LOWER)
+        second = (upper & ~_LOWER) | ((lower >> 4) & _LOWER)
+        return torch.stack((first, second), -1).view(words.shape) ^ _UPPERMOST
 
 
 class Int4(_WholeLines):
@@ -167,7 +171,8 @@ def pack(form: type[Format], weight: Tensor) -> Tensor:
     own, *places = form.places(panels)
     for part in _parts(num_panels, num_groups):
         rows = weight[part.start * COLUMNS : part.stop * COLUMNS].float()
-        rows = F.pad(rows, (0, -num_in % GROUP, 0, -len(rows) % COLUMNS))
+        if num_in % GROUP or len(rows) % COLUMNS:
+            rows = F.pad(rows, (0, -num_in % GROUP, 0, -len(rows) % COLUMNS))
         codes, scales = form.quantize(rows.reshape(-1, num_groups, GROUP))
         own[part] = _by_panel(scales).view(torch.uint8)
         lines = _lines(form, codes)
@@ -196,8 +201,8 @@ def unpack_rows(form: type[Format], panels: Tensor, rows: Tensor, num_in: int, d
     own, *places = form.places(panels)
     scales = own.view(num_panels, num_groups, COLUMNS, 2).transpose(1, 2)[panel, column]
     # Of each line, four bytes are a column's.
-    lines = torch.cat([place.permute(0, 3, 1, 2, 4)[panel, column] for place in places], 2)
-    numbers = form.numbers(_steps(form, lines))
+    words = [place.view(torch.int32).squeeze(4).permute(0, 3, 1, 2)[panel, column] for place in places]
+    numbers = form.numbers(_steps(form, torch.cat(words, 2)))
     wide = numbers.view(-1, num_groups, GROUP) * scales.contiguous().view(torch.bfloat16).float()
     return wide.view(-1, num_groups * GROUP)[:, :num_in].to(dtype)
 
@@ -220,28 +225,31 @@ def _by_panel(rows: Tensor) -> Tensor:
 
 def _lines(form: type[Format], codes: Tensor) -> Tensor:
     """Codes [panels * 32, groups, 32] as bytes [panels, groups, lines, 32, 4], with a line for each bit."""
-    num_rows, num_groups, _ = codes.shape
-    # Steps of a word differ in the last but one dimension.
-    split = codes.view(torch.uint8).view(num_rows, num_groups, form.bits, 16 // form.bits, 2).transpose(-1, -2)
+    num_groups = codes.shape[1]
+    words = codes.view(torch.int32)
     if form.bits == 4:
-        split = (split[..., 0::2] & 15) | (split[..., 1::2] << 4)
+        words = ((words & 0x0F0F) | ((words >> 12) & 0xF0F0)).to(torch.int16).view(torch.int32)
     # A column's four bytes of a line move as one.
-    own = form.split(split.reshape(num_rows, num_groups, form.bits, 4)).view(torch.int32)
-    by_line = own.view(-1, COLUMNS, num_groups, form.bits).permute(0, 2, 3, 1).contiguous()
+    by_line = form.split(_swapped(words)).view(-1, COLUMNS, num_groups, form.bits).permute(0, 2, 3, 1).contiguous()
     return by_line.view(torch.uint8).view(*by_line.shape, 4)
 
 
 def _codes(form: type[Format], lines: Tensor) -> Tensor:
     """The inverse of `_lines`: [panels, groups, lines, 32, 4] to [panels, 32, groups, 32]."""
     num_panels, num_groups = lines.shape[:2]
-    columns = lines.permute(0, 3, 1, 2, 4)
-    return _steps(form, columns.reshape(-1, num_groups, form.bits, 4)).view(num_panels, COLUMNS, num_groups, GROUP)
+    columns = lines.view(torch.int32).squeeze(4).permute(0, 3, 1, 2).contiguous()
+    return _steps(form, columns.view(-1, num_groups, form.bits)).view(num_panels, COLUMNS, num_groups, GROUP)
 
 
-def _steps(form: type[Format], own: Tensor) -> Tensor:
-    """A column's bytes [rows, groups, lines, 4] as its codes, int8 [rows, groups, 32]."""
-    num_rows, num_groups, num_lines, _ = own.shape
-    words = form.join(own).view(num_rows, num_groups, num_lines, 2, 2)
+def _steps(form: type[Format], words: Tensor) -> Tensor:
+    """A column's words [rows, groups, lines] as its codes, int8 [rows, groups, 32]."""
+    words = _swapped(form.join(words))
     if form.bits == 4:
-        words = torch.stack((words & 15, words >> 4), -1).view(num_rows, num_groups, num_lines, 2, 4)
-    return words.transpose(-1, -2).reshape(num_rows, num_groups, GROUP).view(torch.int8)
+        words = words.view(torch.int16).to(torch.int32)
+        words = (words & 0x0F0F) | ((words & 0xF0F0) << 12)
+    return words.view(torch.int8)
+
+
+def _swapped(words: Tensor) -> Tensor:
+    """int32 with its middle bytes exchanged: in memory the numbers of a step lie together."""
+    return (words & ~0x00FFFF00) | ((words >> 8) & 0x0000FF00) | ((words << 8) & 0x00FF0000)

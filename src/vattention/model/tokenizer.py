@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -34,9 +35,13 @@ class Tokenizer:
         self._chat = ChatTemplate(tokenizer)
         self.bos_token_id: int | None = tokenizer.bos_token_id
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.vocab_size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self.decode(self._anchor)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id; found out when it is first asked for, which takes a while."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with what the tokenizer puts around it, such as a BOS token."""
