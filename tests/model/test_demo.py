@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -152,6 +153,25 @@ def test_the_converted_model_computes_the_same(package: Package) -> None:
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.encode("ab a")[0] == 2
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("ab a é")) == "ab a é"
+
+
+def test_its_tokenizer_is_read_as_it_is(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As JSON in Python, or built anew from its parts, a large vocabulary takes seconds."""
+    folder = demo.demo_folder(progress=False)
+    built = gemma_gguf.GemmaTokenizer.from_pretrained(folder)
+    of_vocabulary: list[bool] = []
+    load_json = json.load
+
+    def noting(file: Any, **keywords: Any) -> Any:
+        of_vocabulary.append(Path(file.name).name == "tokenizer.json")
+        return load_json(file, **keywords)
+
+    monkeypatch.setattr(json, "load", noting)
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    assert not any(of_vocabulary)
+    assert type(read) is transformers.PreTrainedTokenizerFast
+    assert read.backend_tokenizer.to_str() == built.backend_tokenizer.to_str()
+    assert read.special_tokens_map == built.special_tokens_map
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])

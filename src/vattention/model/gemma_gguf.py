@@ -6,6 +6,7 @@ and releases before 5.23 make another tokenizer of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 import torch
 from gguf import MODEL_ARCH, GGUFReader, TokenType, dequantize, get_tensor_name_map
 from safetensors.torch import save_file
-from transformers import AddedToken, Gemma3ForCausalLM, Gemma3TextConfig, GemmaTokenizer, GenerationConfig
+from transformers import (
+    AddedToken,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 END_TOKEN_IDS = [1, 106]
 """<eos> and <end_of_turn>; the GGUF file names only the first."""
@@ -54,7 +62,7 @@ def convert(file: Path, folder: Path, progress: Callable[[float], object]) -> No
     config = Gemma3TextConfig(**ARCHITECTURE, architectures=[Gemma3ForCausalLM.__name__], dtype="bfloat16")
     config.save_pretrained(folder)
     GenerationConfig(bos_token_id=2, eos_token_id=END_TOKEN_IDS, pad_token_id=0).save_pretrained(folder)
-    _tokenizer(reader).save_pretrained(folder)
+    _save(_tokenizer(reader), folder)
     progress(1.0)
 
 
@@ -92,3 +100,22 @@ def _tokenizer(reader: GGUFReader) -> GemmaTokenizer:
         added = [token for token, own in zip(tokens, kinds, strict=True) if own == kind]
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in added])
     return tokenizer
+
+
+def _save(tokenizer: GemmaTokenizer, folder: Path) -> None:
+    """Write a tokenizer so that it loads quickly.
+
+    Transformers reads a file of Gemma's class twice as JSON and builds the tokenizer anew; one of no model's class
+    is read once, as it is, if the added tokens are in the configuration too.
+    """
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        padding_side=tokenizer.padding_side,
+        **tokenizer.special_tokens_map,
+    )
+    plain.save_pretrained(folder)
+    path, serialized = folder / "tokenizer_config.json", json.loads(tokenizer.backend_tokenizer.to_str())
+    added = {str(token.pop("id")): token for token in serialized["added_tokens"]}
+    # Releases before 5 know the class by this name only.
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named, indent=2), encoding="utf-8")
