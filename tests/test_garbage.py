@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from vattention.garbage import no_collections, staying
+import vattention
+from vattention.garbage import loading, no_collections, staying
 
 
 class Cycle:
@@ -18,11 +19,10 @@ class Cycle:
 @pytest.fixture(autouse=True)
 def collector_as_it_was() -> Iterator[None]:
     assert gc.isenabled()
-    frozen = gc.get_freeze_count()
+    gc.unfreeze()  # what commands run by other tests left
     yield
     gc.enable()
-    if not frozen:
-        gc.unfreeze()
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -47,9 +47,8 @@ def test_nothing_is_collected_inside(
     block: Callable[[], AbstractContextManager[None]], collections: list[str]
 ) -> None:
     with block():
-        collections.clear()
         cycles = [Cycle() for _ in range(5 * gc.get_threshold()[0])]
-        assert not collections
+    assert not collections
     assert len(cycles) == 5 * gc.get_threshold()[0]
     assert gc.isenabled()
 
@@ -62,6 +61,21 @@ def test_what_comes_is_old_at_once_and_still_collected() -> None:
     del cycle
     gc.collect()
     assert gone() is None
+
+
+def test_before_loading_what_nobody_refers_to_goes() -> None:
+    cycle = Cycle()
+    gone = weakref.ref(cycle)
+    del cycle
+    with loading():
+        assert gone() is None
+        assert not gc.isenabled()
+
+
+def test_a_public_name_is_imported_once() -> None:
+    vars(vattention).pop("SamplingParams", None)
+    first = vattention.SamplingParams
+    assert vars(vattention)["SamplingParams"] is first
 
 
 def test_what_stays_is_not_searched() -> None:

@@ -49,4 +49,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vattention' has no attribute {name!r}")
     with no_collections():
-        return getattr(import_module(_HOMES[name]), name)
+        value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # from now on it is found without asking here
+    return value

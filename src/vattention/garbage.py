@@ -9,16 +9,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collections() -> Iterator[None]:
-    """After a full search, nothing is searched for cycles inside the block; what it leaves counts as old.
+    """Inside the block nothing is searched for cycles; what it leaves counts as old from then on.
 
     The libraries' modules and a large vocabulary are some million objects, and while they come a full search starts
-    with each quarter more. A model's modules refer to each other: without the first search the weights of a former
-    one would stay while another is loaded.
+    with each quarter more.
     """
     if not gc.isenabled():
         yield
         return
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -28,6 +26,18 @@ def no_collections() -> Iterator[None]:
             gc.freeze()
             gc.unfreeze()
         gc.enable()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """`no_collections` after a full search, so that a former model does not stay while another is loaded.
+
+    Its modules refer to each other.
+    """
+    if gc.isenabled():
+        gc.collect()
+    with no_collections():
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
 from vattention.errors import ConfigError, RequestError
-from vattention.garbage import no_collections
+from vattention.garbage import loading
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from vattention.sampling_params import BeamSearchParams, SamplingParams
@@ -46,7 +46,7 @@ class LLM:
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise ConfigError(f"LLM has no argument {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
-        with no_collections():
+        with loading():
             self.engine = LLMEngine.from_config(EngineConfig(model=model, tokenizer=tokenizer, **options))
         self._ids = itertools.count()
         # The model and the mapper's thread hold on to the cache: without this it would outlive the last reference.

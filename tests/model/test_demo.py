@@ -158,7 +158,7 @@ def test_the_converted_model_computes_the_same(package: Package) -> None:
 def test_its_tokenizer_is_read_as_it_is(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
     """As JSON in Python, or built anew from its parts, a large vocabulary takes seconds."""
     folder = demo.demo_folder(progress=False)
-    built = gemma_gguf.GemmaTokenizer.from_pretrained(folder)
+    built = transformers.GemmaTokenizer.from_pretrained(folder)
     of_vocabulary: list[bool] = []
     load_json = json.load
 

@@ -26,7 +26,7 @@ from vattention.engine.orders import Order
 from vattention.engine.stats import EngineStatistics, StatsListener
 from vattention.engine.stream import RequestStream, Streams
 from vattention.errors import EngineStoppedError
-from vattention.garbage import no_collections
+from vattention.garbage import loading
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
@@ -60,7 +60,7 @@ class AsyncEngine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> AsyncEngine:
         """Load the model and start the engine's thread. Blocks; raises as `LLMEngine.from_config`."""
-        with no_collections():
+        with loading():
             return cls(LLMEngine.from_config(config))
 
     @property

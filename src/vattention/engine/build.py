@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
-from vattention.garbage import no_collections
+from vattention.garbage import loading
 from vattention.kv.build import create_manager, create_swap_space
 from vattention.model.capture_decode import capture_decode
 from vattention.model.cuda_graphs import CudaCapture
@@ -30,7 +30,7 @@ def build(config: EngineConfig) -> Parts:
     Raises:
         ConfigError, UnsupportedModelError, OutOfMemoryError: as their messages say; nothing is left behind.
     """
-    with no_collections():
+    with loading():
         return _build(config)
 
 

@@ -41,7 +41,8 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id; found out when it is first asked for, which takes a while."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        largest: int = max(self._backend.get_vocab(with_added_tokens=True).values())
+        return largest + 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; with what the tokenizer puts around it, such as a BOS token."""
