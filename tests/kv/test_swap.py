@@ -14,15 +14,37 @@ import torch
 
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
+from vattention.kv import swap
 from vattention.kv.build import create_swap_space
 from vattention.kv.swap import Image, SwapSpace, file_space, memory_space
 
 CAPACITY = 1 << 21
 
 
-@pytest.fixture(params=["cpu", "file", *(["cuda"] if torch.cuda.is_available() else [])])
-def space(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SwapSpace]:
+class PinnedMemory:
+    """torch's page-locked memory on a processor: rounded up to powers of two.
+
+    Attributes:
+        nbytes: all that was taken.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.nbytes = 0
+        self._empty = torch.empty
+        monkeypatch.setattr(torch, "empty", self._take)
+
+    def _take(self, *shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            self.nbytes += 1 << max(shape[0] - 1, 0).bit_length()
+        return self._empty(*shape, **options)
+
+
+@pytest.fixture(params=["cpu", "file", "cuda"])
+def space(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SwapSpace]:
     kind = request.param
+    if kind == "cuda" and not torch.cuda.is_available():
+        PinnedMemory(monkeypatch)
+        monkeypatch.setattr(swap, "_CHUNK_NBYTES", 128)
     with closing(file_space(tmp_path, CAPACITY) if kind == "file" else memory_space(CAPACITY, kind)) as made:
         yield made
     assert (made.used_nbytes, made.num_images) == (0, 0)
@@ -36,6 +58,18 @@ def files(tmp_path: Path) -> Iterator[SwapSpace]:
 
 def random_runs(*sizes: int) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
+
+
+def test_page_locked_memory_is_hardly_more_than_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = PinnedMemory(monkeypatch)
+    monkeypatch.setattr(swap, "_CHUNK_NBYTES", 4096)
+    runs = random_runs(33_000, 500, 33_000)
+    with closing(memory_space(CAPACITY, "cuda")) as space:
+        image = space.save(runs, 1)
+        assert image.nbytes <= memory.nbytes <= image.nbytes + 4096
+        again = empty_like(runs)
+        load(image, again)
+        assert equal(runs, again)
 
 
 def empty_like(runs: list[torch.Tensor]) -> list[torch.Tensor]:

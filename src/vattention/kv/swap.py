@@ -12,10 +12,9 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +26,9 @@ from vattention.kv.manager import KVManager
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")
 """Most buffers of one vectored read or write."""
+
+_CHUNK_NBYTES = 2**25
+"""Of page-locked memory: large enough that copies run at the bus's speed."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 
@@ -206,26 +208,31 @@ class _HostMemory:
 
 
 class _PinnedMemory:
-    """Memory that a GPU copies to and from by itself. torch keeps what is freed for the next that asks."""
+    """Memory that a GPU copies to and from by itself, in chunks of one size.
+
+    torch rounds what is asked for up to a power of two, which for a whole image could be twice its bytes, and keeps
+    what is freed for the next that asks for as much.
+    """
 
     def __init__(self, nbytes: int) -> None:
+        sizes = [min(_CHUNK_NBYTES, nbytes - begin) for begin in range(0, nbytes, _CHUNK_NBYTES)]
         try:
-            self._bytes = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            self._chunks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
         except RuntimeError as error:
             raise OSError(str(error)) from error
 
     def write(self, runs: Sequence[torch.Tensor]) -> None:
-        for part, run in zip(self._parts(runs), runs, strict=True):
-            part.copy_(run.view(-1), non_blocking=True)
+        for piece, there in self._pieces(runs):
+            piece.copy_(there, non_blocking=True)
         self._wait(runs)
 
     def read(self, runs: Sequence[torch.Tensor]) -> None:
-        for part, run in zip(self._parts(runs), runs, strict=True):
-            run.view(-1).copy_(part, non_blocking=True)
+        for piece, there in self._pieces(runs):
+            there.copy_(piece, non_blocking=True)
         self._wait(runs)
 
     def close(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
+        self._chunks = []
 
     @staticmethod
     def _wait(runs: Sequence[torch.Tensor]) -> None:
@@ -233,10 +240,18 @@ class _PinnedMemory:
         for device in {run.device for run in runs if run.is_cuda}:
             torch.cuda.synchronize(device)
 
-    def _parts(self, runs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Where each run's bytes are."""
-        ends = list(accumulate(run.nbytes for run in runs))
-        return [self._bytes[end - run.nbytes : end] for run, end in zip(runs, ends, strict=True)]
+    def _pieces(self, runs: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Parts of chunks, and what of the runs they hold."""
+        chunks = iter(self._chunks)
+        left = torch.empty(0, dtype=torch.uint8)
+        for run in runs:
+            there = run.view(-1)
+            while len(there):
+                if not len(left):
+                    left = next(chunks)
+                count = min(len(left), len(there))
+                yield left[:count], there[:count]
+                left, there = left[count:], there[count:]
 
 
 class _File:
