@@ -268,6 +268,25 @@ def test_the_mapper_maps_ahead_and_not_for_a_later_owner() -> None:
         cache.close()
 
 
+def test_the_mapper_sleeps_where_everything_is_mapped() -> None:
+    cache = manager(background=True)
+    asked: list[tuple[int, ...]] = []
+    try:
+        slots = [cache.take([0]).slot for _ in range(2)]
+        for slot in slots:
+            cache.ensure(slot, 0, 4)
+        assert cache._mapper is not None
+        cache._mapper._provide = lambda *want: asked.append(want)
+        cache.prefetch([(slot, 3, 4) for slot in slots])
+        cache._mapper.wait_idle()
+        assert asked == []
+        cache.prefetch([(slots[0], 3, 4), (slots[1], 4, 40)])
+        cache._mapper.wait_idle()
+        assert [want[:3] for want in asked] == [(slots[1], 4, 40)]
+    finally:
+        cache.close()
+
+
 def test_the_mapper_reports_a_broken_driver_at_the_next_call() -> None:
     cache = manager(background=True)
 

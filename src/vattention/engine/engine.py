@@ -247,11 +247,7 @@ class LLMEngine:
                     sampling += samples
                     rows += [end - 1] * len(samples)
             chosen = sample(predictions, rows, [s.sample_row() for s in sampling])
-            proposals = propose(
-                predictions.logits(beam_rows),
-                [beam.sample_row() for beam in beams],
-                [beam.request.beams.num_proposals for beam in beams if beam.request.beams is not None],
-            )
+            proposals = self._propose(predictions, beam_rows, beams) if beams else []
         except Exception as error:
             logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
             return self._end(plan.sequences, "error", error)
@@ -285,6 +281,13 @@ class LLMEngine:
         self.manager.drop_warm()
         self.manager.refresh_limit()
         return self._parts.runner.predict(plan.chunks)
+
+    def _propose(self, predictions: Predictions, rows: list[int], beams: list[Sequence]) -> list[Proposals]:
+        return propose(
+            predictions.logits(rows),
+            [beam.sample_row() for beam in beams],
+            [beam.request.beams.num_proposals for beam in beams if beam.request.beams is not None],
+        )
 
     def _advance_beams(self, beams: list[Sequence], proposals: list[Proposals], now: float) -> list[Sequence]:
         """Let searches whose beams have all proposed go on; returns the beams that moved.

@@ -46,6 +46,7 @@ class Sequence:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     last_token_at: float | None = None
+    _sample_row: SampleRow | None = field(default=None, init=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -86,14 +87,16 @@ class Sequence:
         return prompt[start:] + self.output_token_ids[max(start - cut, 0) : end - cut]
 
     def sample_row(self) -> SampleRow:
-        """What the sampler needs to choose the next token."""
-        return SampleRow(
-            params=self.request.params,
-            seed=self.seed,
-            prompt_token_ids=self.request.prompt_token_ids,
-            output_token_ids=self.output_token_ids,
-            end_token_ids=self.request.end_token_ids,
-        )
+        """What the sampler needs to choose the next token: the same object for all of them."""
+        if self._sample_row is None:
+            self._sample_row = SampleRow(
+                params=self.request.params,
+                seed=self.seed,
+                prompt_token_ids=self.request.prompt_token_ids,
+                output_token_ids=self.output_token_ids,
+                end_token_ids=self.request.end_token_ids,
+            )
+        return self._sample_row
 
     def append(self, sampled: SampledToken) -> None:
         """Take the next token, extend the text, and finish where the token, the text or the length says so."""

@@ -58,8 +58,14 @@ class Backing:
         """Changes whenever the pages of a slot do other than by growing."""
         self._addressable = driver.capabilities.addressable
 
+    def lacks(self, slot: Slot, end: int) -> bool:
+        """Whether `grow` has anything to do for tokens up to `end`. It is asked for each sequence in each step."""
+        return any(end > extent.last or extent.first == extent.last for extent in slot.extents)
+
     def grow(self, slot: Slot, start: int, end: int) -> None:
         """Map what the slot lacks to hold tokens [start, end) and what they read."""
+        if not self.lacks(slot, end):
+            return
         wanted = []
         grown = []
         for group, extent in zip(self.layout.groups, slot.extents, strict=True):
@@ -70,8 +76,6 @@ class Backing:
             last = min(-(-end // group.step) * group.step, self.layout.max_len)
             wanted.append(group.pages(slot.index, mapped, last))
             grown.append((extent, first, max(first, last)))
-        if not grown:
-            return
         missing = self.region.missing(np.concatenate(wanted))
         if len(missing):
             self.region.commit(missing)
@@ -85,9 +89,11 @@ class Backing:
         for group, extent in zip(self.layout.groups, slot.extents, strict=True):
             first = group.first_needed(start)
             first = min(first, extent.last - 1)  # the page that the extent ends in stays known
-            if group.crosses_page(extent.first, first):
+            if first > extent.first and group.crosses_page(extent.first, first):
                 behind.append(group.pages_behind(slot.index, extent.first, first))
                 moved.append((extent, first))
+        if not moved:
+            return
         self._unmap(behind)
         for extent, first in moved:
             extent.first = first

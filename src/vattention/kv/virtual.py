@@ -134,15 +134,23 @@ class VirtualManager:
                 written = 0
             if written < record.shared:
                 self._reclaimer.provide(lambda: self._backing.own(record, written))
-            # Its own memory behind the window counts as well: alone, a sequence has nobody else's.
-            self._reclaimer.provide(lambda: self._backing.grow(record, start, end))
+            if self._backing.lacks(record, end):
+                # Its own memory behind the window counts as well: alone, a sequence has nobody else's.
+                self._reclaimer.provide(lambda: self._backing.grow(record, start, end))
             record.num_tokens = end
             self._reclaimer.reclaim(self.excess_nbytes)
 
     def prefetch(self, wants: Sequence[tuple[int, int, int]]) -> None:
         if self._mapper is not None:
-            tenancies = [self._live(slot).tenancy for slot, _, _ in wants]
-            self._mapper.submit([(*want, tenancy) for want, tenancy in zip(wants, tenancies, strict=True)])
+            records = [self._live(slot) for slot, _, _ in wants]
+            # Without the lock: what the mapper has not mapped yet, it is asked for again.
+            lacking = [
+                (*want, record.tenancy)
+                for want, record in zip(wants, records, strict=True)
+                if self._backing.lacks(record, want[2])
+            ]
+            if lacking:
+                self._mapper.submit(lacking)
 
     def trim(self, slot: int, num_tokens: int) -> None:
         with self._lock:

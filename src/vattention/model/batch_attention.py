@@ -82,18 +82,23 @@ class BatchAttention:
 
     def claim_all(self) -> None:
         """The turns of all layers of a forward pass."""
-        for module in self.places:
-            self._turn(module)
+        self._due(0)
+        self._num_attended = len(self.places)
 
     def _turn(self, module: nn.Module) -> tuple[Place, RaggedBatch]:
         place = self.places[module]
-        if self._batch is None or place.index != self._num_attended:
+        batch = self._due(place.index)
+        self._num_attended += 1
+        return place, batch
+
+    def _due(self, index: int) -> RaggedBatch:
+        """The batch, whose layer of this index is the next."""
+        if self._batch is None or index != self._num_attended:
             raise UnsupportedModelError(
-                f"attention layer {place.index} was called out of turn: layer {self._num_attended} of a forward "
+                f"attention layer {index} was called out of turn: layer {self._num_attended} of a forward "
                 "pass of the runner was due"
             )
-        self._num_attended += 1
-        return place, self._batch
+        return self._batch
 
     def __call__(
         self,

@@ -29,7 +29,7 @@ class SampleRow:
 
     Attributes:
         seed: the sequence's own; an integer of any size.
-        prompt_token_ids, output_token_ids: its tokens so far.
+        prompt_token_ids, output_token_ids: its tokens so far; these may grow.
         end_token_ids: the model's end tokens, impossible before `params.min_tokens`.
     """
 
@@ -38,13 +38,19 @@ class SampleRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     end_token_ids: frozenset[int]
+    _plain_from: float = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        params = self.params
+        uncut = params.top_k <= 0 and params.top_p == 1.0 and params.min_p == 0.0
+        plain = (params.greedy or uncut) and params.num_logprobs is None
+        plain = plain and not needs_adjustment(params, params.min_tokens)
+        object.__setattr__(self, "_plain_from", params.min_tokens if plain else math.inf)
 
     @property
     def is_plain(self) -> bool:
         """Whether the largest logit alone decides, or that with noise, and nothing is reported about it."""
-        params = self.params
-        uncut = params.top_k <= 0 and params.top_p == 1.0 and params.min_p == 0.0
-        return (params.greedy or uncut) and params.num_logprobs is None and not self.is_adjusted
+        return len(self.output_token_ids) >= self._plain_from
 
     @property
     def draw(self) -> tuple[int, int, float]:
@@ -82,8 +88,10 @@ def sample(predictions: Predictions, indices: Sequence[int], rows: Sequence[Samp
     """
     if not rows:
         return []
-    plain = [i for i, row in enumerate(rows) if row.is_plain]
-    others = [i for i, row in enumerate(rows) if not row.is_plain]
+    plain: list[int] = []
+    others: list[int] = []
+    for i, row in enumerate(rows):
+        (plain if row.is_plain else others).append(i)
     chosen: dict[int, SampledToken] = {}
     if plain:
         noise = noise_for([rows[i].draw for i in plain])

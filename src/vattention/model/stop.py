@@ -30,6 +30,8 @@ class StopChecker:
         """
         if self.found is not None:
             return ""
+        if not self._stops:
+            return text
         text = self._held + text
         hits = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if hits:
