@@ -93,7 +93,7 @@ class TestBits:
         together = NativeKernel()(query, view, batch, spec, None)
         for slot, first_row, num_rows, start in batch.spans:
             for row in range(num_rows):
-                alone = RaggedBatch(batch.slots, batch.positions, ((slot, 0, 1, start + row),))
+                alone = RaggedBatch(((slot, 0, 1, start + row),))
                 mine = slice(first_row + row, first_row + row + 1)
                 assert NativeKernel()(query[mine], view, alone, spec, None).equal(together[mine])
 
@@ -131,7 +131,7 @@ def test_half_precision_keeps_small_and_large_numbers() -> None:
     spec = AttentionSpec(1, 1, 2, 2, 1.0, window=1)
     view = LayerView(torch.zeros_like(numbers), numbers)
     rows = numbers.shape[1]
-    batch = RaggedBatch(torch.zeros(rows), torch.arange(rows), tuple((0, row, 1, row) for row in range(rows)))
+    batch = RaggedBatch(tuple((0, row, 1, row) for row in range(rows)))
     query = torch.zeros(rows, 1, 2, dtype=torch.float16)
     assert NativeKernel()(query, view, batch, spec, None)[:, 0].equal(numbers[0, :, 0])
 
@@ -189,10 +189,7 @@ class TestPrefill:
             expected = NativeKernel()(query, view, batch, spec, None)
             ((slot, _, _, start),) = batch.spans
             edges = (0, *cuts, 302)
-            parts = [
-                RaggedBatch(batch.slots, batch.positions, ((slot, 0, until - begin, start + begin),))
-                for begin, until in pairwise(edges)
-            ]
+            parts = [RaggedBatch(((slot, 0, until - begin, start + begin),)) for begin, until in pairwise(edges)]
             results = [
                 NativeKernel()(query[begin:until], view, part, spec, None)
                 for part, (begin, until) in zip(parts, pairwise(edges), strict=True)

@@ -166,7 +166,7 @@ class DeviceKernel(SplitKernel[CacheView]):
             numbers = chosen.slots, chosen.first_keys, chosen.end_keys
             output: torch.Tensor = self._decode(query, view, *numbers, spec)
             return output
-        batch = RaggedBatch(torch.empty(0), torch.empty(0), chosen.own_spans)
+        batch = RaggedBatch(chosen.own_spans)
         if isinstance(view, LayerView):
             return EagerKernel()(query, view, batch, spec, None)
         return GatheredKernel()(query, view, batch, spec, None)

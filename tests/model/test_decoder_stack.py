@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel, Qwen3Config
@@ -23,7 +25,7 @@ from vattention.model.optimize import optimize
 from vattention.model.probe import probe
 from vattention.model.rotary import RotaryTables
 from vattention.model.runner import ModelRunner
-from vattention.native import Workspace, kernels
+from vattention.native import Rotaries, Workspace, kernels
 from vattention.native.huge import huge_empty
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels here")
@@ -241,22 +243,19 @@ def test_prompts_come_near_the_models_own_logits(rigs: Callable[..., Rig]) -> No
         assert torch.nn.functional.cosine_similarity(result, by_modules, dim=0) > 0.999, name
 
 
-@pytest.mark.parametrize("of", ["layer", "model"])
+@pytest.mark.parametrize("of", ["model.layers.1", "model", "model.embed_tokens"])
 def test_hooks_are_called(of: str, rigs: Callable[..., Rig]) -> None:
     """Before a model is put under a cache, and after."""
     calls: list[int] = []
     early = built(CONFIGS["llama"](), torch.float32)
-    module = early.model if of == "model" else early.model.layers[1]
-    module.register_forward_hook(lambda *_: calls.append(1))
+    early.get_submodule(of).register_forward_hook(lambda *_: calls.append(1))
     rig = rigs(early)
-    assert rig.stack is None
+    assert (rig.stack is None) == (of != "model.embed_tokens")
     late = rigs(built(CONFIGS["llama"](), torch.float32))
     assert late.stack is not None
     for used, added in ((rig, False), (late, True)):
         if added:
-            model = used.runner._model
-            module = model.model if of == "model" else model.model.layers[1]
-            module.register_forward_pre_hook(lambda *_: calls.append(1))
+            used.runner._model.get_submodule(of).register_forward_pre_hook(lambda *_: calls.append(1))
         calls.clear()
         used.logits(Chunk(used.cache.take([5, 6]).slot, 0, [5, 6], 1))
         assert calls == [1]
@@ -336,14 +335,23 @@ class TestRotaryTables:
 
         tables = RotaryTables(compute, 5000)
         for positions in ([3, 0], [511], [512, 7], [4999, 1200]):
-            rows = tables.rows(torch.tensor(positions), max(positions))
-            assert [[pair[which][:, 0].tolist() for which in range(2)] for pair in rows] == [
-                [positions, [-p for p in positions]],
-                [[2 * p for p in positions], [3 * p for p in positions]],
+            assert _rows(tables.up_to(max(positions)), positions, 4) == [
+                [[p] * 4 for p in positions],
+                [[-p] * 4 for p in positions],
+                [[2 * p] * 4 for p in positions],
+                [[3 * p] * 4 for p in positions],
             ]
         assert asked == list(range(5000))
         assert all(len(part) <= 256 for part in parts)
 
     def test_positions_beyond_the_last_are_computed_as_they_come(self) -> None:
-        tables = RotaryTables(lambda positions: [(positions[:, None], positions[:, None])], 8)
-        assert tables.rows(torch.tensor([700]), 700)[0][0].tolist() == [[700]]
+        tables = RotaryTables(lambda positions: [(positions[:, None].float(), -positions[:, None].float())], 8)
+        assert _rows(tables.up_to(700), [700], 1) == [[[700]], [[-700]]]
+
+
+def _rows(rotaries: Rotaries, positions: list[int], width: int) -> list[list[list[float]]]:
+    """What is in the tables of float32 for these positions: of each cosines and sines."""
+    assert rotaries.row_nbytes == 4 * width
+    addresses = np.ctypeslib.as_array((ctypes.c_int64 * (2 * rotaries.num_tables)).from_address(rotaries.tables))
+    rows = ctypes.c_float * width
+    return [[list(rows.from_address(int(a) + p * rotaries.row_nbytes)) for p in positions] for a in addresses]

@@ -10,7 +10,7 @@ from vattention.attention.gathered import attend_long, gather
 from vattention.attention.kernel import RaggedBatch
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
-from vattention.native import AttentionCache, AttentionHeads, Kernels, kernels
+from vattention.native import AttentionCache, AttentionHeads, Int64s, Kernels, kernels
 
 STRIP_KEYS = 128
 """Keys whose softmax is taken at a time, and the least that a thread computes; attend.c takes no more."""
@@ -47,7 +47,7 @@ class CompiledKernel:
         return _heads(spec, self._strip_keys)
 
     def _prefill(
-        self, query: torch.Tensor, view: CacheView, spans: torch.Tensor, spec: AttentionSpec, output: torch.Tensor
+        self, query: torch.Tensor, view: CacheView, spans: Int64s, spec: AttentionSpec, output: torch.Tensor
     ) -> bool:
         """Compute spans of many rows by matrix tiles; whether this processor has them for such a layer."""
         compiled, heads = kernels(), self.heads(spec)
@@ -124,7 +124,7 @@ def unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
 def attend_short(
     query: torch.Tensor,
     cache: AttentionCache,
-    spans: torch.Tensor,
+    spans: Int64s,
     heads: AttentionHeads,
     sinks: torch.Tensor | None,
     output: torch.Tensor,

@@ -30,7 +30,7 @@ def fixed_batch(
         windows: of the layers.
     """
     spans: tuple[Span, ...] = tuple((NO_SLOT, row, 1, most_keys - 1) for row in range(len(slots)))
-    batch = RaggedBatch(slots, positions, spans)
+    batch = RaggedBatch.on_device(slots, positions, spans)
     for window in windows:
         sequences(batch, window, partial(_on_device, batch, window))
     return batch

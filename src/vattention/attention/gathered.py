@@ -64,6 +64,5 @@ def attend_long(
     kernels: tuple[AttentionKernel[LayerView], ...] = SdpaKernel(), EagerKernel()
     able = next(k for k in kernels if k.unsupported(spec, view) is None)
     rows = slice(first_row, first_row + num_rows)
-    positions = torch.arange(start, start + num_rows, device=query.device)
-    alone = RaggedBatch(torch.full_like(positions, slot), positions, ((slot, 0, num_rows, start),))
+    alone = RaggedBatch(((slot, 0, num_rows, start),), query.device)
     output[rows] = able(query[rows], view, alone, spec, sinks)

@@ -7,14 +7,16 @@ another kernel is chosen: a feature is never dropped silently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
 from vattention.core import AttentionSpec, Chunk
 from vattention.kv.manager import CacheView
+from vattention.native import Int64s, int64s
 
 Span = tuple[int, int, int, int]
 """One sequence's share of a batch: slot, first row, number of rows, position of the first."""
@@ -41,14 +43,14 @@ class Parts:
     """A batch's sequences by the number of their rows.
 
     Attributes:
-        short: [n, 4] int64, the spans of few rows, in the order of the batch.
+        short: the spans of few rows, in the order of the batch, as the compiled code takes them.
         long: the other spans.
-        long_spans: these as [n, 4] int64.
+        long_spans: the same for these.
     """
 
-    short: torch.Tensor
+    short: Int64s
     long: tuple[Span, ...]
-    long_spans: torch.Tensor
+    long_spans: Int64s
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +58,51 @@ class RaggedBatch:
     """The shape of one forward pass: sequences of different lengths, flattened to one row of T tokens.
 
     Attributes:
-        slots: [T] int64, the slot of each token.
-        positions: [T] int64, the position of each token in its sequence.
         spans: per sequence (slot, first row, number of rows, start): its tokens are rows [first, first + number)
             of the batch, at positions [start, start + number); its cache holds tokens [0, start + number) by the
             time attention runs.
-        once: for what kernels work out from the batch alone: once for all layers of a forward pass.
+        device: of `slots` and `positions`.
+        once: for what is worked out from the batch alone, where it is asked for: once for all layers of a forward
+            pass.
     """
 
-    slots: torch.Tensor
-    positions: torch.Tensor
     spans: tuple[Span, ...]
+    device: torch.device | str = "cpu"
     once: Once = field(default_factory=Once, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, chunks: Sequence[Chunk], device: torch.device | str = "cpu") -> RaggedBatch:
-        slots: list[int] = []
-        positions: list[int] = []
-        spans = []
+        spans: list[Span] = []
+        first = 0
         for chunk in chunks:
             count = len(chunk.token_ids)
-            spans.append((chunk.slot, len(slots), count, chunk.start))
-            slots.extend([chunk.slot] * count)
-            positions.extend(range(chunk.start, chunk.end))
-        return cls(
-            torch.tensor(slots, dtype=torch.int64, device=device),
-            torch.tensor(positions, dtype=torch.int64, device=device),
-            tuple(spans),
+            spans.append((chunk.slot, first, count, chunk.start))
+            first += count
+        return cls(tuple(spans), device)
+
+    @classmethod
+    def on_device(cls, slots: torch.Tensor, positions: torch.Tensor, spans: tuple[Span, ...]) -> RaggedBatch:
+        """A batch whose `slots` and `positions` are there, whatever the spans say of them."""
+        batch = cls(spans, slots.device)
+        batch.once("slots", lambda: slots)
+        batch.once("positions", lambda: positions)
+        return batch
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return sum(num_rows for _, _, num_rows, _ in self.spans)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[T] int64, the slot of each token."""
+        return self.once("slots", lambda: self._of_tokens([slot] * count for slot, _, count, _ in self.spans))
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """[T] int64, the position of each token in its sequence."""
+        return self.once(
+            "positions", lambda: self._of_tokens(range(start, start + count) for _, _, count, start in self.spans)
         )
 
     @property
@@ -94,11 +114,13 @@ class RaggedBatch:
         """The batch in two, `most_rows` being few: the same object for all layers of a forward pass."""
         return self.once(("parts", most_rows), lambda: self._parts(most_rows))
 
+    def _of_tokens(self, numbers: Iterable[Iterable[int]]) -> torch.Tensor:
+        return torch.tensor(list(chain.from_iterable(numbers)), dtype=torch.int64, device=self.device)
+
     def _parts(self, most_rows: int) -> Parts:
         short = [span for span in self.spans if span[2] <= most_rows]
         long = tuple(span for span in self.spans if span[2] > most_rows)
-        short_spans, long_spans = (torch.tensor(part, dtype=torch.int64).reshape(-1, 4) for part in (short, long))
-        return Parts(short_spans, long, long_spans)
+        return Parts(int64s(chain.from_iterable(short)), long, int64s(chain.from_iterable(long)))
 
 
 View_contra = TypeVar("View_contra", bound=CacheView, contravariant=True)

@@ -8,7 +8,7 @@ gave and normalise at the end goes its own way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from vattention.attention.kernel import RaggedBatch
 from vattention.model.batch_attention import BatchAttention
+from vattention.model.embedding import CompiledEmbedding, Embedding, ModuleEmbedding
 from vattention.model.fused import FusedRMSNorm
 from vattention.model.fused_layer import FusedLayer
 from vattention.model.rotary import Pair, RotaryTables
-from vattention.native import Kernels, Norm, StackedLayer, Workspace, kernels
+from vattention.native import Kernels, Norm, StackedLayer, Workspace, int64s, kernels
 
 _ANY_LEN = 2048
 """Positions of a model that names no number of them."""
@@ -30,7 +31,8 @@ class DecoderStack:
     """From token ids to the last hidden states, through layers that are fused already.
 
     Args:
-        model: whose embeddings are looked up.
+        embed: the model's embedding.
+        hooks: what is or will be called around the modules that this stands for.
         layers: in order.
         kinds: which of `rotary`'s tables each layer takes.
     """
@@ -38,7 +40,8 @@ class DecoderStack:
     def __init__(
         self,
         compiled: Kernels,
-        model: PreTrainedModel,
+        embed: Embedding,
+        hooks: Sequence[Mapping[int, Any]],
         layers: Sequence[FusedLayer],
         kinds: Sequence[int],
         norm: FusedRMSNorm,
@@ -46,8 +49,8 @@ class DecoderStack:
         attention: BatchAttention,
     ) -> None:
         self._kernels = compiled
-        self._model = model
-        self._hooks = _hooks(model)
+        self._embed = embed
+        self._hooks = hooks
         self._rotary = rotary
         self._attention = attention
         caches = [attention.cache(layer.attention_module, layer.dtype) for layer in layers]
@@ -84,7 +87,7 @@ class DecoderStack:
         ):
             return None
         listener = _Listener(model.base_model, modules, layers)
-        embed = model.get_input_embeddings()
+        embed = CompiledEmbedding.of(compiled, model.get_input_embeddings()) or ModuleEmbedding(model)
         max_len = int(getattr(model.config.get_text_config(), "max_position_embeddings", _ANY_LEN))
         sample = torch.arange(5), torch.tensor([0, 1, 2, 5, max_len - 1])
         heard = listener.hear(*sample)
@@ -93,7 +96,7 @@ class DecoderStack:
             heard is None
             or norm is None
             or heard.embedded.dtype != layers[0].dtype
-            or not torch.equal(embed(sample[0]), heard.embedded)
+            or not torch.equal(embed(int64s(sample[0].tolist())), heard.embedded)
         ):
             return None
         kinds = [
@@ -116,35 +119,42 @@ class DecoderStack:
                 if not torch.equal(rows, heard.pairs[kind][which]):
                     return None
         rotary = RotaryTables(compute, max_len)
-        return cls(compiled, model, layers, [first_of_kind.index(kind) for kind in kinds], norm, rotary, attention)
+        # What fused layers stand for is not called by themselves either.
+        inside = {module for layer in modules for module in layer.modules() if module is not layer}
+        hooks = [*_hooks(model, inside), *embed.unheard]
+        numbers = [first_of_kind.index(kind) for kind in kinds]
+        return cls(compiled, embed, hooks, layers, numbers, norm, rotary, attention)
 
     def takes(self, batch: RaggedBatch) -> bool:
         """Whether the layers compute such a batch: without matrix tiles, sequences must bring one token each; and a
         hook that somebody put on a module would not be called."""
         return (self._prefills or batch.is_decode) and not any(self._hooks)
 
-    def __call__(self, token_ids: Tensor, batch: RaggedBatch, wanted: Tensor) -> Tensor:
-        """Hidden states [len(wanted), hidden] for a batch that it takes; stores its keys and values.
+    def __call__(self, token_ids: Sequence[int], batch: RaggedBatch, wanted: Sequence[int]) -> Tensor:
+        """Hidden states [len(wanted), hidden] for a batch that it takes, good until the next call.
+
+        Stores the batch's keys and values.
 
         Args:
-            token_ids: [T].
-            wanted: int64, which of the T rows to return, in ascending order.
+            token_ids: T of them.
+            wanted: which of the T rows to return, in ascending order.
         """
         self._attention.claim_all()
         last = max(start + num_rows for _, _, num_rows, start in batch.spans) - 1
-        rotaries = self._rotary.rows(batch.positions, last)
-        x: Tensor = self._model.get_input_embeddings()(token_ids).contiguous()
+        x = self._embed(int64s(token_ids))
         parts = batch.parts(1)
         self._kernels.stack(
-            self._layers, self._norm, parts.short, parts.long_spans, rotaries, self._workspace, x, wanted
+            *(self._layers, self._norm, parts.short, parts.long_spans),
+            *(self._rotary.up_to(last), self._workspace, x, int64s(wanted)),
         )
-        return x[: len(wanted)]
+        return x if len(wanted) == len(token_ids) else x[: len(wanted)]
 
 
-def _hooks(model: PreTrainedModel) -> list[Mapping[int, Any]]:
-    """What is or will be called before and after the modules that a stack stands for."""
-    inside = (module for module in model.base_model.modules() if module is not model.get_input_embeddings())
-    return [hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+def _hooks(model: PreTrainedModel, inside: Collection[nn.Module] = ()) -> list[Mapping[int, Any]]:
+    """What is or will be called before and after the modules that a stack stands for, but for those `inside`."""
+    left_out = {model.get_input_embeddings(), *inside}
+    modules = (module for module in model.base_model.modules() if module not in left_out)
+    return [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
 def _norm_of(model: nn.Module, heard: _Heard) -> FusedRMSNorm | None:

@@ -265,7 +265,7 @@ class _Trial:
     def _difference_of(
         self, layer: nn.Module, module: nn.Module, fused: FusedLayer, spec: AttentionSpec, batch: RaggedBatch
     ) -> float:
-        num_tokens = len(batch.slots)
+        num_tokens = batch.num_tokens
         # Beside small hidden states, what the layer adds to them shows.
         scales = torch.tensor([1.0, 0.1, 0.01]).repeat(num_tokens)[:num_tokens, None]
         hidden = self._drawn(0, 1, num_tokens, fused.hidden) * scales.to(self._dtype)

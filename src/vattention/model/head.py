@@ -35,7 +35,7 @@ class HiddenStates:
         self._scratch = scratch
 
     def __len__(self) -> int:
-        return len(self._hidden)
+        return self._hidden.shape[0]
 
     def logits(self, rows: Sequence[int]) -> Tensor:
         y = self._scratch.take(len(rows), self._layer.num_out)

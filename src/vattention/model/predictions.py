@@ -12,7 +12,10 @@ from vattention.native import Largest, Noise
 
 
 class Predictions(Protocol):
-    """What a forward pass foretells: the rows of logits that its chunks asked for, computed as they are needed."""
+    """What a forward pass foretells: the rows of logits that its chunks asked for, computed as they are needed.
+
+    Good until the model's next forward pass, which may use the same memory.
+    """
 
     def __len__(self) -> int: ...
 

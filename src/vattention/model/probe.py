@@ -174,7 +174,7 @@ class _Recorder:
         self.layers.append(AttentionLayer(name, spec, cache_layer, writes=owner is None))
 
         view = LayerView(key.transpose(1, 2), value.transpose(1, 2))
-        batch = RaggedBatch(torch.zeros(0), torch.zeros(0), ((0, 0, query.shape[2], 0),))
+        batch = RaggedBatch(((0, 0, query.shape[2], 0),))
         return self._kernel(query[0].transpose(0, 1), view, batch, spec, sinks).unsqueeze(0), None
 
     def check_calls(self, num_layers: int) -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -181,31 +181,41 @@ class QuantizedEmbedding(nn.Module):
 
     Args:
         embedding: what this stands for; what it computes beside looking up, such as scaling, it computes here too.
+
+    Attributes:
+        method: the output layer's.
+        table: the embedding, without its weight.
     """
 
     def __init__(self, embedding: nn.Embedding, method: QuantizedMethod) -> None:
         super().__init__()
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
-        self._method = method
-        # Its weight is a table of the rows that are asked for, each time another one.
-        self._table = copy.copy(embedding)
-        self._table._parameters = {}
-        self._table.padding_idx = None
+        self.method = method
+        self.table = copy.copy(embedding)
+        self.table._parameters = {}
 
     @property
     def weight(self) -> Tensor:
         """The weight [num_embeddings, dim]; unpacked in each access, which takes long."""
-        return self._method.weight()
+        return self.method.weight()
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[..., dim] for ids [...]."""
-        vars(self._table)["weight"] = self._method.rows(token_ids.flatten())
-        y: Tensor = self._table(torch.arange(token_ids.numel()).view(token_ids.shape))
-        return y
+        return look_up(self.table, self.method.rows(token_ids.flatten())).view(*token_ids.shape, -1)
 
 
-def is_lookup(module: nn.Module) -> bool:
+def look_up(embedding: nn.Embedding, rows: Tensor) -> Tensor:
+    """What an embedding for which `is_lookup` is true makes of rows [n, dim], if it had these and no others."""
+    own = copy.copy(embedding)
+    own._parameters = {}
+    own.padding_idx = None
+    vars(own)["weight"] = rows
+    y: Tensor = own(torch.arange(len(rows)))
+    return y
+
+
+def is_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:
     """Whether a module in processor memory is an embedding that can stand on another table."""
     return (
         isinstance(module, nn.Embedding)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from vattention.native import Rotaries
 
 Pair = tuple[Tensor, Tensor]
 """Cosines and sines, [tokens, head_dim] each."""
@@ -30,11 +31,11 @@ class RotaryTables:
         self._tables: list[Pair] = []
         self._grow(1)
 
-    def rows(self, positions: Tensor, last: int) -> list[Pair]:
-        """The pairs of each kind at these positions, none of which is beyond `last`."""
+    def up_to(self, last: int) -> Rotaries:
+        """The tables, which have the pairs of each kind at positions up to `last` and some more."""
         if last >= self._len:
             self._grow(last + 1)
-        return [(F.embedding(positions, cosines), F.embedding(positions, sines)) for cosines, sines in self._tables]
+        return self._native
 
     def _grow(self, least: int) -> None:
         new = min(max(least, 2 * self._len, _LEAST), max(least, self._len + _MOST), self._max_len)
@@ -47,3 +48,4 @@ class RotaryTables:
             (torch.cat([cosines for cosines, _ in kind]), torch.cat([sines for _, sines in kind])) for kind in kinds
         ]
         self._len = new
+        self._native = Rotaries.of(self._tables)

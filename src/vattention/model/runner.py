@@ -91,9 +91,11 @@ class ModelRunner:
         for chunk in chunks:
             token_ids.extend(chunk.token_ids)
             wanted.extend(range(len(token_ids) - chunk.num_logits, len(token_ids)))
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
-        with self._attending(batch), torch.inference_mode():
-            return self._predictions(batch, _inputs(ids, batch), wanted)
+        with self._attending(batch):
+            if self._stack is not None and self._output_layer is not None and self._stack.takes(batch):
+                hidden = self._stack(token_ids, batch, wanted)
+                return HiddenStates(hidden, self._output_layer, self._scratch)
+            return self._by_modules(batch, token_ids, wanted)
 
     @property
     def uncapturable(self) -> str | None:
@@ -159,15 +161,14 @@ class ModelRunner:
             logits: torch.Tensor = self._model(**_inputs(token_ids, batch)).logits[0]
         return logits
 
-    def _predictions(self, batch: RaggedBatch, inputs: dict[str, Any], wanted: list[int]) -> Predictions:
-        rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
-        if self._stack is not None and self._output_layer is not None and self._stack.takes(batch):
-            hidden = self._stack(inputs["input_ids"][0], batch, rows)
-            return HiddenStates(hidden, self._output_layer, self._scratch)
+    @torch.inference_mode()
+    def _by_modules(self, batch: RaggedBatch, token_ids: list[int], wanted: list[int]) -> Predictions:
+        inputs = _inputs(torch.tensor(token_ids, dtype=torch.int64, device=self._device), batch)
         if not wanted:
             self._model.base_model(**inputs)
             vocab_size = self._model.config.get_text_config().vocab_size
             return GivenLogits(torch.empty(0, vocab_size, device=self._device))
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self._device)
         if self._output_layer is not None:
             hidden = self._model.base_model(**inputs).last_hidden_state[0]
             return HiddenStates(hidden[rows], self._output_layer, self._scratch)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 import logging
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -27,15 +28,19 @@ from vattention.native.structures import (
     AttentionHeads,
     Batch,
     DecoderLayer,
+    EmbeddingRows,
+    Int64s,
     LinearWeight,
     Noise,
     Norm,
     NormedHeads,
-    Rotary,
+    Rotaries,
     Rotation,
     ScreenCopy,
     StackedLayer,
     WeightFormat,
+    address_of,
+    int64s,
 )
 
 __all__ = [
@@ -43,17 +48,21 @@ __all__ = [
     "AttentionCache",
     "AttentionHeads",
     "DecoderLayer",
+    "EmbeddingRows",
+    "Int64s",
     "Kernels",
     "Largest",
     "LinearWeight",
     "Noise",
     "Norm",
     "NormedHeads",
+    "Rotaries",
     "Rotation",
     "ScreenCopy",
     "StackedLayer",
     "WeightFormat",
     "Workspace",
+    "int64s",
     "kernels",
 ]
 
@@ -80,11 +89,12 @@ class Workspace:
 
     def __init__(self) -> None:
         self._memory = huge_empty(0, torch.uint8)
+        self._nbytes = 0
 
     def address(self, nbytes: int) -> int:
         """Of so many bytes, from a cache line on; good until the next call."""
-        if len(self._memory) < nbytes:
-            self._memory = huge_empty(nbytes, torch.uint8)
+        if self._nbytes < nbytes:
+            self._memory, self._nbytes = huge_empty(nbytes, torch.uint8), nbytes
         return self._memory.data_ptr()
 
 
@@ -115,8 +125,9 @@ class Kernels:
         self._can_prefill = _function(library, "can_prefill", c_int32, "pi")
         self._prefill_nbytes = _function(library, "prefill_nbytes", c_int64, "ppqi")
         self._prefill = _function(library, "prefill", None, "pppppqqpqppip")
+        self._embed = _function(library, "embed", c_int32, "ppqpip")
         self._layer_nbytes = _function(library, "layer_nbytes", c_int64, "ppi")
-        self._stack_nbytes = _function(library, "stack_nbytes", c_int64, "pqpi")
+        self._stack_nbytes = _function(library, "stack_nbytes", c_int64, "pqppi")
         self._layer = _function(library, "layer_forward", c_int32, "ppppppppip")
         self._stack = _function(library, "stack_forward", c_int32, "pqppppip")
 
@@ -169,21 +180,21 @@ class Kernels:
         shape: tuple[int, ...],
         noise: Noise | None,
     ) -> tuple[Largest, int]:
-        columns, values = np.empty(x.shape[0], np.int64), np.empty(x.shape[0], np.float32)
+        columns, values = array("q", bytes(8 * x.shape[0])), array("f", bytes(4 * x.shape[0]))
         status = call(
             *first,
             x.data_ptr(),
             x.stride(0),
             *shape,
             None if noise is None else noise.ctypes.data,
-            columns.ctypes.data,
-            values.ctypes.data,
+            address_of(columns),
+            address_of(values),
             torch.get_num_threads(),
             self._parallel,
         )
         if status < 0:
             raise MemoryError(f"no memory for the workspace of a product of {x.shape[0]} rows")
-        return (columns, values), status
+        return (np.frombuffer(columns, np.int64), np.frombuffer(values, np.float32)), status
 
     def screen(self, screen: ScreenCopy, weight: LinearWeight) -> bool:
         """Fills in the copy of a bfloat16 weight; whether all its numbers are finite, and the copy can be used."""
@@ -244,7 +255,7 @@ class Kernels:
         heads: AttentionHeads,
         cache: AttentionCache,
         query: Tensor,
-        spans: Tensor,
+        spans: Int64s,
         sinks: Tensor | None,
         output: Tensor,
     ) -> None:
@@ -252,7 +263,7 @@ class Kernels:
 
         Args:
             query: of the cache's type, with adjacent numbers in each head.
-            spans: [num_spans, 4] contiguous int64: slot, first row, number of rows, position of the first.
+            spans: of each slot, first row, number of rows, position of the first.
             sinks: [num_heads] contiguous float32.
             output: contiguous, of the cache's type, or float32 where that is float16.
         """
@@ -263,8 +274,8 @@ class Kernels:
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
-            spans.data_ptr(),
-            spans.shape[0],
+            address_of(spans),
+            len(spans) // 4,
             None if sinks is None else sinks.data_ptr(),
             output.data_ptr(),
             torch.get_num_threads(),
@@ -283,38 +294,50 @@ class Kernels:
         return dtype in DTYPES and bool(self._can_prefill(ctypes.addressof(heads), DTYPES[dtype]))
 
     def prefill(
-        self, heads: AttentionHeads, cache: AttentionCache, query: Tensor, spans: Tensor, output: Tensor
+        self, heads: AttentionHeads, cache: AttentionCache, query: Tensor, spans: Int64s, output: Tensor
     ) -> None:
         """As `attend`, for spans of many rows and heads without sinks that it can compute.
 
         Args:
             query: with adjacent numbers in each head.
-            spans: [num_spans, 4] contiguous int64.
             output: contiguous.
         """
         address, num_threads = ctypes.addressof(heads), torch.get_num_threads()
         workspace = Workspace()
-        nbytes = self._prefill_nbytes(address, spans.data_ptr(), len(spans), num_threads)
+        where = address_of(spans), len(spans) // 4
+        nbytes = self._prefill_nbytes(address, *where, num_threads)
         self._prefill(
             address,
             *cache.addresses,
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
-            spans.data_ptr(),
-            len(spans),
+            *where,
             output.data_ptr(),
             workspace.address(nbytes),
             num_threads,
             self._parallel,
         )
 
+    def embed(self, rows: EmbeddingRows, token_ids: Int64s, x: Tensor) -> None:
+        """x[len(token_ids), width], contiguous and of the rows' type, the tokens' rows."""
+        status = self._embed(
+            ctypes.addressof(rows),
+            address_of(token_ids),
+            len(token_ids),
+            x.data_ptr(),
+            torch.get_num_threads(),
+            self._parallel,
+        )
+        if status != 0:
+            raise IndexError(f"a token id is not among the {rows.num} of the embedding")
+
     def layer(
         self,
         layer: DecoderLayer,
         cache: AttentionCache,
-        short: Tensor,
-        long: Tensor,
+        short: Int64s,
+        long: Int64s,
         cosines: Tensor,
         sines: Tensor,
         workspace: Workspace,
@@ -323,8 +346,7 @@ class Kernels:
         """x[tokens, hidden] through a decoder layer, in place; stores the tokens' keys and values.
 
         Args:
-            short, long: spans of one row and of more, [n, 4] contiguous int64: slot, first row, number of rows,
-                position of the first.
+            short, long: spans of one row and of more, as in `attend`.
             cosines, sines: contiguous [tokens, head_dim], of x's type.
         """
         batch, num_threads = Batch.of(x.shape[0], short, long), torch.get_num_threads()
@@ -347,31 +369,30 @@ class Kernels:
         self,
         layers: ctypes.Array[StackedLayer],
         norm: Norm,
-        short: Tensor,
-        long: Tensor,
-        rotaries: Sequence[tuple[Tensor, Tensor]],
+        short: Int64s,
+        long: Int64s,
+        rotaries: Rotaries,
         workspace: Workspace,
         x: Tensor,
-        wanted: Tensor | None = None,
+        wanted: Int64s | None = None,
     ) -> None:
         """x[tokens, hidden] through all decoder layers and the norm behind them, in place, as `layer` does.
 
         Args:
-            rotaries: cosines and sines, by the number that layers have.
-            wanted: contiguous int64, the rows to compute to the end, in ascending order; they come first in x then,
+            rotaries: of the layers' type, as far as the batch's positions go.
+            wanted: the rows to compute to the end, in ascending order; they come first in x then,
                 and the rest of it means nothing. None for all.
         """
         batch, num_threads = Batch.of(x.shape[0], short, long, wanted), torch.get_num_threads()
-        address = ctypes.addressof(layers)
-        nbytes = self._stack_nbytes(address, len(layers), ctypes.addressof(batch), num_threads)
+        address, tables = ctypes.addressof(layers), ctypes.addressof(rotaries)
+        nbytes = self._stack_nbytes(address, len(layers), tables, ctypes.addressof(batch), num_threads)
         batch.workspace = workspace.address(nbytes)
-        pairs = (Rotary * len(rotaries))(*(Rotary(one.data_ptr(), other.data_ptr()) for one, other in rotaries))
         status = self._stack(
             address,
             len(layers),
             ctypes.addressof(norm),
             ctypes.addressof(batch),
-            ctypes.addressof(pairs),
+            tables,
             x.data_ptr(),
             num_threads,
             self._parallel,

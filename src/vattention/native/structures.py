@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Iterable, Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +16,18 @@ from torch import Tensor
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 CACHE_DTYPES = {**DTYPES, torch.float16: 2}
+
+Int64s: TypeAlias = "array[int]"
+"""Numbers of 64 bits, side by side: what changes with each step comes so, for a tensor takes longer to make."""
+
+
+def int64s(numbers: Iterable[int]) -> Int64s:
+    return array("q", numbers)
+
+
+def address_of(numbers: array[int] | array[float]) -> int:
+    """Good as long as the numbers."""
+    return numbers.buffer_info()[0]
 
 
 class WeightFormat(IntEnum):
@@ -69,6 +84,32 @@ class ScreenCopy(ctypes.Structure):
         ("num_out", c_int64),
         ("num_steps", c_int64),
     )
+
+
+class EmbeddingRows(ctypes.Structure):
+    """`vattention_embedding` of embed.c; what its pointers point to is kept alive by who made this.
+
+    `factor` is 1 until it is set.
+    """
+
+    _fields_ = (
+        ("table", c_void_p),
+        ("packed", c_void_p),
+        ("num", c_int64),
+        ("width", c_int64),
+        ("factor", c_float),
+        ("dtype", c_int32),
+    )
+
+    @classmethod
+    def of_table(cls, table: Tensor) -> EmbeddingRows:
+        """Rows of a contiguous table [num, width]."""
+        return cls(table.data_ptr(), None, *table.shape, 1.0, DTYPES[table.dtype])
+
+    @classmethod
+    def of_packed(cls, weight: LinearWeight) -> EmbeddingRows:
+        """Outputs of a quantized weight."""
+        return cls(None, ctypes.addressof(weight), weight.num_out, weight.num_in, 1.0, weight.dtype)
 
 
 class AttentionHeads(ctypes.Structure):
@@ -197,10 +238,24 @@ class StackedLayer(ctypes.Structure):
         return cls(ctypes.addressof(layer), *cache.addresses, rotary)
 
 
-class Rotary(ctypes.Structure):
+class _Rotary(ctypes.Structure):
     """`vattention_rotary` of stack.c."""
 
     _fields_ = (("cosines", c_void_p), ("sines", c_void_p))
+
+
+class Rotaries(ctypes.Structure):
+    """`vattention_rotaries` of stack.c: cosines and sines of positions; the tensors stay alive as long as this."""
+
+    _fields_ = (("tables", c_void_p), ("num_tables", c_int64), ("row_nbytes", c_int64))
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Rotaries:
+        """Contiguous tables [positions, head_dim] of one size and type, by the number that layers have."""
+        tables = (_Rotary * len(pairs))(*(_Rotary(one.data_ptr(), other.data_ptr()) for one, other in pairs))
+        made = cls(ctypes.addressof(tables), len(pairs), pairs[0][0][0].nbytes)
+        made._alive = tables, pairs
+        return made
 
 
 class Batch(ctypes.Structure):
@@ -218,6 +273,8 @@ class Batch(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, num_tokens: int, short: Tensor, long: Tensor, wanted: Tensor | None = None) -> Batch:
-        rows = (None, -1) if wanted is None else (wanted.data_ptr(), len(wanted))
-        return cls(num_tokens, short.data_ptr(), long.data_ptr(), len(short), len(long), *rows, None)
+    def of(cls, num_tokens: int, short: Int64s, long: Int64s, wanted: Int64s | None = None) -> Batch:
+        """Spans of four numbers each; all kept alive by who made this."""
+        spans = address_of(short), address_of(long), len(short) // 4, len(long) // 4
+        rows = (None, -1) if wanted is None else (address_of(wanted), len(wanted))
+        return cls(num_tokens, *spans, *rows, None)
