@@ -167,3 +167,27 @@ def test_only_of_halves_and_without_a_bias() -> None:
     assert not Int8Linear.pack(weight, None).screen()
     assert not Int4Linear.pack(weight, None).screen()
     assert not HalvedInt8Linear.pack(weight, torch.zeros(64).bfloat16()).screen()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_bound_is_one_where_a_number_of_x_is_set_apart(rows: int, useful: list[bool]) -> None:
+    x = ones(rows)
+    x[:, 7] *= 64
+    columns, values = screened(hard_weight(15.0)).largest(x)
+    assert columns.tolist() == [EXACT] * rows
+    assert values.tolist() == (15.0 * x.float().sum(1)).tolist()
+    assert useful == [True]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_bound_is_one_where_all_of_x_is_rounded_down(rows: int, useful: list[bool]) -> None:
+    """Upper halves say nearly all of these weights, and say the same of both."""
+    first, second = sorted((EXACT, MISLEADING))
+    weight = torch.zeros(64 * 32, 64)
+    weight[[first, second], 0], weight[[first, second], 1:32] = 127.0, 119.0
+    weight[first, 31] = 117.0
+    x = torch.zeros(rows, 64)
+    x[:, 1:31], x[:, 31] = 10.5, 127.0
+    columns, _ = screened(weight.bfloat16()).largest(x.bfloat16())
+    assert columns.tolist() == [second] * rows
+    assert useful == [True]

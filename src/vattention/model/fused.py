@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vattention.model.linear import LinearMethod, PackedLinear, is_plain_linear
 from vattention.native import Kernels
+from vattention.native.huge import Empty, huge_empty
 
 
 class FusedRMSNorm(nn.Module):
@@ -133,7 +134,12 @@ class FusedGatedMLP(nn.Module):
     """A gated feed-forward block with gate and up as one product, and the activation and its factor as one pass."""
 
     def __init__(
-        self, kernels: Kernels, mlp: GatedMLP, gate_up: type[LinearMethod], down: type[LinearMethod]
+        self,
+        kernels: Kernels,
+        mlp: GatedMLP,
+        gate_up: type[LinearMethod],
+        down: type[LinearMethod],
+        empty: Empty = huge_empty,
     ) -> None:
         super().__init__()
         parts = (mlp.gate_proj, mlp.up_proj)
@@ -144,9 +150,11 @@ class FusedGatedMLP(nn.Module):
         self.dtype = mlp.gate_proj.weight.dtype
         self._width = mlp.gate_proj.out_features
         self.gate_up = PackedLinear(
-            gate_up.pack(weight, torch.cat(biases) if biases else None), mlp.gate_proj.in_features, 2 * self._width
+            gate_up.pack(weight, torch.cat(biases) if biases else None, empty),
+            mlp.gate_proj.in_features,
+            2 * self._width,
         )
-        self.down = PackedLinear.of(mlp.down_proj, down)
+        self.down = PackedLinear.of(mlp.down_proj, down, empty)
         self.nbytes = self.gate_up.method.nbytes + self.down.method.nbytes
 
     def forward(self, x: Tensor) -> Tensor:

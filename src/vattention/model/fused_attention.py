@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vattention.model.fused import FusedRMSNorm
 from vattention.model.linear import LinearMethod, is_plain_linear, standing_for
 from vattention.native import Kernels, NormedHeads, Rotation
+from vattention.native.huge import Empty, huge_empty
 
 _log = logging.getLogger(__name__)
 
@@ -106,10 +107,11 @@ class FusedAttention:
         parts: Projections,
         method: type[LinearMethod],
         keywords: dict[str, Any],
+        empty: Empty,
     ) -> None:
         weight = torch.cat([part.weight.detach() for part in parts])
         biases = [part.bias.detach() for part in parts if part.bias is not None]
-        self.method = method.pack(weight, torch.cat(biases) if biases else None)
+        self.method = method.pack(weight, torch.cat(biases) if biases else None, empty)
         self._kernels = kernels
         self._module = module
         self._original: Callable[..., tuple[Tensor, Tensor | None]] = module.forward
@@ -195,6 +197,7 @@ def fuse(
     method: type[LinearMethod],
     notes: Notes,
     difference: Callable[[Tensor, Tensor], float],
+    empty: Empty = huge_empty,
 ) -> tuple[FusedAttention, float] | None:
     """A replacement of the module's forward, not yet installed, and how far its results are off.
 
@@ -203,6 +206,7 @@ def fuse(
     Args:
         notes: what computes the model's attention at the moment.
         difference: compares results [rows, width] with what they should be.
+        empty: makes memory for the packed weight.
     """
     norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
     if any(norm is not None and not isinstance(norm, FusedRMSNorm) for norm in norms):
@@ -213,7 +217,7 @@ def fuse(
         _log.info("a %s is not like Llama's attention: %s", type(module).__name__, error)
         return None
     del keywords[_SENTINEL]
-    fused = FusedAttention(kernels, module, parts, method, keywords)
+    fused = FusedAttention(kernels, module, parts, method, keywords, empty)
     largest = 0.0
     for num_tokens in (1, 5, 33):
         with standing_for(fused.method, *parts):

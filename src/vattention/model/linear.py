@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vattention.native import Largest, LinearWeight, Noise, ScreenCopy, WeightFormat, kernels
-from vattention.native.huge import huge_empty
+from vattention.native.huge import Empty, huge_empty
 
 COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
@@ -45,8 +45,8 @@ class LinearMethod(Protocol):
     nbytes: int
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        """Brings the weight, and the bias [out] if there is one, into this form."""
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
+        """Brings the weight, and the bias [out] if there is one, into this form; `empty` makes memory for ours."""
         ...
 
     @classmethod
@@ -82,7 +82,7 @@ class TorchLinear:
         self.nbytes = weight.nbytes
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
         return cls(weight, bias)
 
     @classmethod
@@ -110,7 +110,7 @@ class WideningLinear(TorchLinear):
     name: ClassVar[str] = "widening"
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
         return cls(weight, bias, widen=True)
 
     @classmethod
@@ -131,7 +131,7 @@ class OneDnnLinear:
         self.nbytes = weight.nbytes
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
         return cls(weight, bias)
 
     @classmethod
@@ -159,14 +159,14 @@ class NativeLinear:
     exact: ClassVar[bool] = True
     form: ClassVar[WeightFormat] = WeightFormat.PLAIN
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> None:
         library = kernels()
         if library is None:
             raise RuntimeError("the compiled kernels are not there; ask available() first")
         self._kernels = library
         self._num_out, self._num_in = weight.shape
         self._dtype = weight.dtype
-        self._panels = self._packed(weight)
+        self._panels = self._packed(weight, empty)
         self._bias = None if bias is None else F.pad(bias.float(), (0, -self._num_out % COLUMNS))
         self._native = LinearWeight.of(
             self._panels, self._bias, self._num_out, self._num_in, self._dtype, self.form
@@ -175,17 +175,17 @@ class NativeLinear:
         self._screen: Screen | None = None
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        return cls(weight, bias)
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
+        return cls(weight, bias, empty)
 
     @classmethod
     def available(cls, dtype: torch.dtype) -> bool:
         library = kernels()
         return library is not None and dtype in library.dtypes
 
-    def _packed(self, weight: Tensor) -> Tensor:
+    def _packed(self, weight: Tensor, empty: Empty) -> Tensor:
         """The weight as the compiled code takes it."""
-        return _panels_of(weight)
+        return _panels_of(weight, empty)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype != self._dtype or x.shape[1] != self._num_in:
@@ -295,14 +295,14 @@ class Screen:
             self._next_rests = min(2 * self._next_rests, _MOST_RESTS)
 
 
-def _panels_of(weight: Tensor) -> Tensor:
-    """Panels for linear.c, on huge pages where the system gives them: [ceil(out / 32), in, 32] float32 numbers, or
+def _panels_of(weight: Tensor, empty: Empty) -> Tensor:
+    """Panels for linear.c: [ceil(out / 32), in, 32] float32 numbers, or
     [ceil(out / 32), ceil(in / 2), 32, 2] of bfloat16.
     """
     num_out, num_in = weight.shape
     num_panels, width = math.ceil(num_out / COLUMNS), 4 // weight.itemsize
     num_steps = math.ceil(num_in / width)
-    panels = huge_empty(num_panels * num_steps * width * COLUMNS, weight.dtype)
+    panels = empty(num_panels * num_steps * width * COLUMNS, weight.dtype)
     panels = panels.view(num_panels, num_steps, COLUMNS, width)
     whole = num_out // COLUMNS
     rest = F.pad(weight[whole * COLUMNS :], (0, 0, 0, -num_out % COLUMNS))
@@ -365,10 +365,10 @@ class PackedLinear(nn.Module):
         self.out_features = out_features
 
     @classmethod
-    def of(cls, linear: nn.Linear, method: type[LinearMethod]) -> PackedLinear:
+    def of(cls, linear: nn.Linear, method: type[LinearMethod], empty: Empty = huge_empty) -> PackedLinear:
         """A replacement of `linear`, which stays as it is."""
         bias = None if linear.bias is None else linear.bias.detach()
-        return cls(method.pack(linear.weight.detach(), bias), linear.in_features, linear.out_features)
+        return cls(method.pack(linear.weight.detach(), bias, empty), linear.in_features, linear.out_features)
 
     @property
     def weight(self) -> Tensor:

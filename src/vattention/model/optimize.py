@@ -35,6 +35,7 @@ from vattention.model.quantized import (
     is_way_into_attention,
 )
 from vattention.native import Kernels, kernels
+from vattention.native.huge import HugeBlocks
 
 _log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class _Optimizer:
         self._leeway = 1 if quantization is None else _QUANTIZED
         self._output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         self._kernels = kernels()
+        self._blocks = HugeBlocks()
         modules = list(model.modules())
         self._num_holders = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
         self._num_sites = Counter(id(child) for module in modules for child in module.children())
@@ -198,7 +200,7 @@ class _Optimizer:
         if method is TorchLinear:
             self._kept += 1
             return linear
-        replacement = PackedLinear.of(linear, method)
+        replacement = PackedLinear.of(linear, method, self._blocks.empty)
         difference = max(
             largest_difference(replacement, linear, linear.in_features, linear.weight.dtype, rows=(1,)),
             self._sampled_difference(replacement, linear, lambda sample: linear.weight[sample], rows=(5, 64)),
@@ -206,7 +208,8 @@ class _Optimizer:
         return self._packed(linear, replacement, name, difference)
 
     def _quantized(self, method: type[QuantizedMethod], linear: nn.Linear, name: str) -> nn.Module:
-        packed = method.pack(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        bias = None if linear.bias is None else linear.bias.detach()
+        packed = method.pack(linear.weight.detach(), bias, self._blocks.empty)
         replacement = PackedLinear(packed, linear.in_features, linear.out_features)
         difference = self._sampled_difference(replacement, linear, packed.rows, rows=(1, 5, 64))
         result = self._packed(linear, replacement, name, difference)
@@ -250,8 +253,8 @@ class _Optimizer:
 
     def _gated_mlp(self, kernels: Kernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
         dtype = mlp.gate_proj.weight.dtype
-        methods = [self._method(*shape, dtype) for shape in mlp.shapes]
-        replacement = FusedGatedMLP(kernels, mlp, *methods)
+        gate_up, down = (self._method(*shape, dtype) for shape in mlp.shapes)
+        replacement = FusedGatedMLP(kernels, mlp, gate_up, down, self._blocks.empty)
         with (
             standing_for(replacement.gate_up.method, mlp.gate_proj, mlp.up_proj),
             standing_for(replacement.down.method, mlp.down_proj),
@@ -274,7 +277,7 @@ class _Optimizer:
                 setattr(module, attribute, replacement)
         dtype = parts.q_proj.weight.dtype
         method = self._method(*parts.shape, dtype, delicate=True)
-        fused = fuse(kernels, module, parts, method, self._notes, row_difference)
+        fused = fuse(kernels, module, parts, method, self._notes, row_difference, self._blocks.empty)
         tolerance = self._leeway * _ROTATED * TOLERANCE[dtype]
         if fused is None or not fused[1] <= tolerance:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vattention.model.linear import COLUMNS
 from vattention.native import WeightFormat
-from vattention.native.huge import huge_empty
+from vattention.native.huge import Empty, huge_empty
 
 GROUP = 32
 """Inputs whose weights share a scale."""
@@ -163,11 +163,11 @@ def group_nbytes(form: type[Format]) -> int:
     return _SCALES_NBYTES + COLUMNS * GROUP * form.bits // 8
 
 
-def pack(form: type[Format], weight: Tensor) -> Tensor:
+def pack(form: type[Format], weight: Tensor, empty: Empty = huge_empty) -> Tensor:
     """[out, in] quantized and packed for quantized.c: bytes [ceil(out / 32), ceil(in / 32), nbytes of a group]."""
     num_out, num_in = weight.shape
     num_panels, num_groups = math.ceil(num_out / COLUMNS), math.ceil(num_in / GROUP)
-    panels = huge_empty(num_panels * num_groups * group_nbytes(form), torch.uint8).view(num_panels, num_groups, -1)
+    panels = empty(num_panels * num_groups * group_nbytes(form), torch.uint8).view(num_panels, num_groups, -1)
     own, *places = form.places(panels)
     for part in _parts(num_panels, num_groups):
         rows = weight[part.start * COLUMNS : part.stop * COLUMNS].float()

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vattention.model.linear import COLUMNS, LinearMethod, NativeLinear, Screen
 from vattention.model.quantize import GROUP, Format, HalvedInt8, Int4, Int8, pack, unpack, unpack_rows
 from vattention.native import WeightFormat, kernels
+from vattention.native.huge import Empty, huge_empty
 
 _MOST_SCREENED_ROWS = 3
 """For which reading the upper halves takes longer than multiplying them."""
@@ -40,8 +41,8 @@ class _NativeQuantized(NativeLinear):
     exact: ClassVar[bool] = False
     kind: ClassVar[type[Format]]
 
-    def _packed(self, weight: Tensor) -> Tensor:
-        return pack(self.kind, weight)
+    def _packed(self, weight: Tensor, empty: Empty) -> Tensor:
+        return pack(self.kind, weight, empty)
 
     def _screen_of(self) -> Screen | None:
         return None
@@ -76,7 +77,7 @@ class HalvedInt8Linear(_NativeQuantized):
 
     def _screen_of(self) -> Screen | None:
         nothing = torch.empty(0)
-        errors = torch.empty(math.ceil(self._num_out / COLUMNS) * COLUMNS)
+        errors = torch.empty(2 * math.ceil(self._num_out / COLUMNS) * COLUMNS)
         num_steps = math.ceil(self._num_in / GROUP) * GROUP // 4
         return Screen((nothing, nothing, errors, nothing), self._num_out, num_steps, _MOST_SCREENED_ROWS)
 
@@ -96,16 +97,16 @@ class _Unpacking:
     kind: ClassVar[type[Format]]
     block_numel: ClassVar[int] = 1 << 20
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> None:
         self._num_out, self._num_in = weight.shape
         self._dtype = weight.dtype
-        self._panels = pack(self.kind, weight)
+        self._panels = pack(self.kind, weight, empty)
         self._bias = bias
         self.nbytes = self._panels.nbytes
 
     @classmethod
-    def pack(cls, weight: Tensor, bias: Tensor | None) -> Self:
-        return cls(weight, bias)
+    def pack(cls, weight: Tensor, bias: Tensor | None, empty: Empty = huge_empty) -> Self:
+        return cls(weight, bias, empty)
 
     @classmethod
     def available(cls, dtype: torch.dtype) -> bool:

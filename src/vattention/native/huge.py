@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE_PAGE_NBYTES = 2 << 20
+
+
+_BLOCK_NBYTES = 32 << 20
+_LINE_NBYTES = 64
+
+
+class Empty(Protocol):
+    """Makes uninitialised tensors that start at a cache line, as `huge_empty` does."""
+
+    def __call__(self, numel: int, dtype: torch.dtype) -> Tensor: ...
 
 
 def huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
@@ -19,7 +31,7 @@ def huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
     """
     nbytes = numel * dtype.itemsize
     advice = _MADV_HUGEPAGE if nbytes >= _HUGE_PAGE_NBYTES else None
-    alignment = 64 if advice is None else _HUGE_PAGE_NBYTES
+    alignment = _LINE_NBYTES if advice is None else _HUGE_PAGE_NBYTES
     buffer = torch.empty(nbytes + alignment, dtype=torch.uint8)
     start = -buffer.data_ptr() % alignment
     if advice is not None:
@@ -27,3 +39,25 @@ def huge_empty(numel: int, dtype: torch.dtype) -> Tensor:
         address = ctypes.c_void_p(buffer.data_ptr() + start)
         ctypes.CDLL(None).madvise(address, ctypes.c_size_t(nbytes), ctypes.c_int(advice))
     return buffer[start : start + nbytes].view(dtype)
+
+
+class HugeBlocks:
+    """Cuts tensors from blocks of huge pages, one behind the other, for those smaller than a page, too.
+
+    A block is given back when the last of its tensors is.
+    """
+
+    def __init__(self) -> None:
+        self._block = torch.empty(0, dtype=torch.uint8)
+        self._used_nbytes = 0
+
+    def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor that starts at a cache line."""
+        nbytes = numel * dtype.itemsize
+        if nbytes >= _BLOCK_NBYTES:
+            return huge_empty(numel, dtype)
+        start = math.ceil(self._used_nbytes / _LINE_NBYTES) * _LINE_NBYTES
+        if start + nbytes > len(self._block):
+            self._block, start = huge_empty(_BLOCK_NBYTES, torch.uint8), 0
+        self._used_nbytes = start + nbytes
+        return self._block[start : start + nbytes].view(dtype)

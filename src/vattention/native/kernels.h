@@ -37,7 +37,7 @@ typedef struct {
 typedef struct {
     int8_t *numbers;
     float *scales; /* of a column's numbers */
-    float *errors; /* a product's largest, relative to the length of x */
+    float *errors; /* a product's largest, relative to the length of x; two of each column in screen_halves.c */
     int32_t *sums; /* of a column's numbers */
     int64_t num_out;
     int64_t num_steps; /* a multiple of 16 */

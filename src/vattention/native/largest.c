@@ -67,6 +67,12 @@ __attribute__((constructor)) static void find_best(void) {
 
 static int larger(float a, float b) { return a > b || (a != a && b == b); }
 
+/* Whether a number takes the winner's place; of equal ones the first stays, in whatever order they come. */
+static int beats(int64_t column, float value, const vattention_best *winner) {
+    return winner->column < 0 || larger(value, winner->value) ||
+           (column < winner->column && !larger(winner->value, value));
+}
+
 typedef float four __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t four_words __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -127,11 +133,11 @@ void vattention_compete(vattention_best *winners, const float *y, int64_t stride
             own = copy;
             most = largest(own);
         }
-        if (winner->column >= 0 && !larger(most, winner->value)) {
+        if (!beats(first, most, winner)) {
             continue;
         }
         for (int64_t i = 0; i < columns; i++) {
-            if (winner->column < 0 || larger(own[i], winner->value)) {
+            if (beats(first + i, own[i], winner)) {
                 *winner = (vattention_best){first + i, own[i]};
             }
         }
@@ -144,11 +150,7 @@ void vattention_agree(const vattention_best *winners, int64_t num_threads, int64
         vattention_best best = {.column = -1};
         for (int64_t i = m; i < num_threads * num_rows; i += num_rows) {
             const vattention_best *own = &winners[i];
-            if (own->column < 0) {
-                continue;
-            }
-            const int smaller = best.column >= 0 && larger(best.value, own->value);
-            if (best.column < 0 || larger(own->value, best.value) || (!smaller && own->column < best.column)) {
+            if (own->column >= 0 && beats(own->column, own->value, &best)) {
                 best = *own;
             }
         }

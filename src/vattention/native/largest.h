@@ -13,8 +13,8 @@ typedef struct {
 /* So many without a column, to be freed; or NULL where memory ran short. */
 vattention_best *vattention_no_winners(int64_t count);
 
-/* Lets the numbers of y[rows, columns], which follow column `first` of the result, compete; of at most COLUMNS, and
- * after those before them. `noise` is the first row's, or NULL. */
+/* Lets the numbers of y[rows, columns], which follow column `first` of the result, compete; of at most COLUMNS. `noise` is
+ * the first row's, or NULL. */
 void vattention_compete(vattention_best *winners, const float *y, int64_t stride, int64_t rows, int64_t first,
                         int64_t columns, const vattention_noise *noise);
 

@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include "kernels.h"
 #include "largest.h"
+#include "runs.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -58,6 +59,9 @@ typedef struct {
 
 /* Most rows for which multiplying quantized panels as they are takes less time than unpacking them. */
 enum { QUANTIZED_ROWS = 4, QUANTIZED_BATCH = 16 };
+
+/* Most rows that pairs of numbers read from memory faster than whole tiles do. */
+enum { PAIRED_ROWS = 1 };
 
 /* Multiplications below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 16 };
@@ -172,7 +176,7 @@ static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows
     if (num_rows <= QUANTIZED_BATCH && best.batch[weight->format]) {
         return best.batch[weight->format];
     }
-    if (best.tiles && num_in % TILE_STEPS == 0) {
+    if (best.tiles && num_in % TILE_STEPS == 0 && num_rows > PAIRED_ROWS) {
         return best.tiles;
     }
     if (best.pairs && num_in % 2 == 0) {
@@ -191,13 +195,13 @@ typedef struct {
     float *workspace; /* one thread's after the other's: x widened, a panel unpacked, a part of y */
     int64_t workspace_floats, widened_floats; /* of one thread */
     int unpacks; /* a quantized panel, to multiply it */
-    int64_t x_stride, num_rows, block_rows, num_blocks, panels_each, num_groups;
+    int64_t x_stride, num_rows, block_rows;
     const tile_set *set;
     vattention_best *winners; /* [threads, num_rows], or NULL where y is wanted */
     const vattention_noise *noise; /* of each row, or NULL */
     const int32_t *panels; /* those to compute, or NULL for all */
     int64_t num_panels;
-    int64_t next_thread, next_item; /* taken atomically */
+    items items; /* blocks of rows times panels */
 } job;
 
 static int64_t num_groups(int64_t num_in) { return (num_in + GROUP - 1) / GROUP; }
@@ -281,23 +285,31 @@ static void panel_times(const job *j, int64_t first, int64_t rows, int64_t panel
     }
 }
 
-/* A thread's share: items, each a block of rows times a group of panels, until none is left. Threads that run
- * late, because other processes hold their cores, take fewer. */
+/* What a thread's first panel begins with, while its rows are made ready. */
+static void fetch_first(const job *j, int64_t item) {
+    if (item >= 0) {
+        const int64_t i = item % j->num_panels, panel = j->panels ? j->panels[i] : i;
+        const char *packed = (const char *)j->weight->packed + panel * vattention_panel_nbytes(j->weight);
+        for (int64_t at = 0; at < AHEAD; at += LINE) {
+            __builtin_prefetch(packed + at, 0, 3);
+        }
+    }
+}
+
+/* A thread's share: items, each a block of rows times a panel, until none is left. Threads that run late, because other
+ * processes hold their cores, take fewer. */
 static void work(void *argument) {
     job *j = argument;
     const int64_t num_out = j->weight->num_out;
     const int64_t y_element = j->y_dtype == FLOAT32 ? 4 : 2;
-    const int64_t thread = __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
-    float *own = j->workspace + j->workspace_floats * thread;
+    item_taker taker = items_join(&j->items);
+    float *own = j->workspace + j->workspace_floats * taker.thread;
     float *x = j->set->widens || j->set->take ? own : NULL, *unpacked = own + j->widened_floats;
     float *part = j->winners ? own + j->workspace_floats - j->block_rows * j->y_stride : NULL;
     int64_t block_in_x = -1, configured = 0;
-    for (;;) {
-        const int64_t item = __atomic_fetch_add(&j->next_item, 1, __ATOMIC_RELAXED);
-        const int64_t block = item / j->num_groups, group = item % j->num_groups;
-        if (block >= j->num_blocks) {
-            break;
-        }
+    fetch_first(j, items_foresee(&j->items, &taker));
+    for (int64_t item; (item = items_take(&j->items, &taker)) >= 0;) {
+        const int64_t block = item / j->num_panels, i = item % j->num_panels;
         const int64_t first = block * j->block_rows;
         const int64_t rows = j->num_rows - first < j->block_rows ? j->num_rows - first : j->block_rows;
         if (x && block != block_in_x) {
@@ -308,18 +320,15 @@ static void work(void *argument) {
             }
             block_in_x = block;
         }
-        const int64_t begin = group * j->panels_each, end = begin + j->panels_each;
-        for (int64_t i = begin; i < end && i < j->num_panels; i++) {
-            const int64_t panel = j->panels ? j->panels[i] : i, column = panel * COLUMNS;
-            if (part) {
-                panel_times(j, first, rows, panel, x, unpacked, (char *)part, &configured);
-                vattention_compete(j->winners + thread * j->num_rows + first, part, j->y_stride, rows, column,
-                                   num_out - column < COLUMNS ? num_out - column : COLUMNS,
-                                   j->noise ? j->noise + first : NULL);
-            } else {
-                panel_times(j, first, rows, panel, x, unpacked, (char *)j->y + (first * num_out + column) * y_element,
-                            &configured);
-            }
+        const int64_t panel = j->panels ? j->panels[i] : i, column = panel * COLUMNS;
+        if (part) {
+            panel_times(j, first, rows, panel, x, unpacked, (char *)part, &configured);
+            vattention_compete(j->winners + taker.thread * j->num_rows + first, part, j->y_stride, rows, column,
+                               num_out - column < COLUMNS ? num_out - column : COLUMNS,
+                               j->noise ? j->noise + first : NULL);
+        } else {
+            panel_times(j, first, rows, panel, x, unpacked, (char *)j->y + (first * num_out + column) * y_element,
+                        &configured);
         }
     }
     if (configured) {
@@ -335,18 +344,17 @@ static int32_t run(job *j, int32_t num_threads, parallel_fn parallel) {
     int64_t most = (j->set->widens ? BLOCK_NBYTES / 4 : BLOCK_NBYTES / 2) / weight->num_in;
     most = !j->set->widens && most < WHOLE_BLOCK_ROWS ? WHOLE_BLOCK_ROWS : most;
     most = j->set->widens && most > MAX_BLOCK_ROWS ? MAX_BLOCK_ROWS : most < MIN_BLOCK_ROWS ? MIN_BLOCK_ROWS : most;
-    j->num_blocks = (j->num_rows + most - 1) / most;
-    j->block_rows = (j->num_rows + j->num_blocks - 1) / j->num_blocks;
-    if (j->num_blocks > 1) {
+    int64_t num_blocks = (j->num_rows + most - 1) / most;
+    j->block_rows = (j->num_rows + num_blocks - 1) / num_blocks;
+    if (num_blocks > 1) {
         j->block_rows = (j->block_rows + j->set->tile_rows - 1) / j->set->tile_rows * j->set->tile_rows;
         /* Blocks that grew may be fewer. */
-        j->num_blocks = (j->num_rows + j->block_rows - 1) / j->block_rows;
+        num_blocks = (j->num_rows + j->block_rows - 1) / j->block_rows;
     }
     if (j->panels == NULL) {
         j->num_panels = (weight->num_out + COLUMNS - 1) / COLUMNS;
     }
-    j->panels_each = j->num_panels / (16 * num_threads) + 1;
-    j->num_groups = (j->num_panels + j->panels_each - 1) / j->panels_each;
+    items_begin(&j->items, num_blocks * j->num_panels, num_threads);
     j->widened_floats = j->set->widens ? num_strips(weight->num_in) * j->block_rows * STRIP_STRIDE : 0;
     if (j->set->take) {
         j->widened_floats = (num_groups(weight->num_in) * j->block_rows * j->set->take_nbytes + 63) / 64 * 16;

@@ -124,7 +124,25 @@ SCREEN_TARGET static void by_tiles(const screening *j, int64_t first, int64_t co
     }
 }
 
-static const screen_kind bytes = {.by_vectors = by_vectors, .by_tiles = by_tiles};
+/* In 16 bits. */
+static int split(const uint16_t *x, int64_t count, int8_t *rows, int64_t width, screen_group *group) {
+    float most;
+    double squares;
+    if (!measure(x, count, &most, &squares)) {
+        return 0;
+    }
+    const float factor = most > 0.0f ? 32512.0f / most : 0.0f;
+    *group = (screen_group){.unit = most / 32512.0f, .norm = (float)sqrt(squares) * 1.00001f};
+    for (int64_t k = 0; k < count; k++) {
+        const int32_t number = (int32_t)lrintf(widened(x[k]) * factor);
+        const int32_t upper = (number + 128) >> 8;
+        rows[k] = (int8_t)upper;
+        rows[width + k] = (int8_t)(number - 256 * upper);
+    }
+    return 1;
+}
+
+static const screen_kind bytes = {.by_vectors = by_vectors, .by_tiles = by_tiles, .split = split, .num_bytes = 2};
 
 SCREEN_TARGET static void work(void *argument) {
     screening *j = argument;
@@ -154,40 +172,14 @@ SCREEN_TARGET static void work(void *argument) {
 /* Candidates are worth looking at one by one as long as they are fewer than one panel in so many. */
 enum { WORTHWHILE = 3 };
 
-/* A group of numbers in 16 bits: its bytes, the rest of which are zeros, and more; 0 where its numbers are of no use for
- * bounds. */
-static int split(const uint16_t *x, int64_t count, const int swapped, int8_t *high, int8_t *low, screen_group *group) {
-    float most = 0.0f;
-    double squares = 0.0;
-    for (int64_t k = 0; k < count; k++) {
-        const float value = widened(x[k]);
-        most = fabsf(value) > most ? fabsf(value) : most;
-        squares += (double)value * value;
-    }
-    if (!(squares < (double)LARGEST * LARGEST) || (most > 0.0f && most < SMALLEST)) {
-        return 0;
-    }
-    const float factor = most > 0.0f ? 32512.0f / most : 0.0f;
-    *group = (screen_group){.unit = most / 32512.0f, .norm = (float)sqrt(squares) * 1.00001f};
-    for (int64_t k = 0; k < count; k++) {
-        const int32_t number = (int32_t)lrintf(widened(x[k]) * factor);
-        const int32_t upper = (number + 128) >> 8;
-        const int64_t at = swapped && (k % 4 == 1 || k % 4 == 2) ? k ^ 3 : k;
-        high[at] = (int8_t)upper;
-        low[at] = (int8_t)(number - 256 * upper);
-        group->sum += number;
-    }
-    return 1;
-}
-
 /* All rows; 0 where a number of theirs is of no use for bounds. */
 static int split_rows(const screening *s, const uint16_t *x, int64_t x_stride, int8_t *rows, screen_group *groups) {
     const int64_t num_in = s->weight->num_in, width = s->screen->num_steps * STEP;
     const int64_t each = s->kind->group ? s->kind->group : width;
-    for (int64_t m = 0; m < s->num_rows; m++, x += x_stride, rows += 2 * width) {
+    for (int64_t m = 0; m < s->num_rows; m++, x += x_stride, rows += s->kind->num_bytes * width) {
         for (int64_t k = 0; k < num_in; k += each) {
             const int64_t count = num_in - k < each ? num_in - k : each;
-            if (!split(x + k, count, s->kind->swapped, rows + k, rows + width + k, groups++)) {
+            if (!s->kind->split(x + k, count, rows + k, width, groups++)) {
                 return 0;
             }
         }

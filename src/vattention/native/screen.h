@@ -36,27 +36,35 @@ typedef struct screening screening;
 /* Finds the bounds of rows [first, first + count) in one panel; `lower` is the thread's own. */
 typedef void (*screen_fn)(const screening *s, int64_t first, int64_t count, int64_t panel, float *lower);
 
+/* A group of a row of x, in whole numbers. */
+typedef struct {
+    float unit, norm; /* of its numbers, and their length */
+    /* Where these are not in the screen's errors: the length of what the numbers are off by, and the sum of the sizes of
+     * those that are not in `norm`. */
+    float rest, outliers;
+    float sum; /* of the whole numbers, where that is exact */
+} screen_group;
+
+/* Makes bytes of a group of numbers, the rest of which are zeros: `rows` are those of a row of x, `width` bytes apart.
+ * Returns 0 where the numbers are of no use for bounds. */
+typedef int (*split_fn)(const uint16_t *x, int64_t count, int8_t *rows, int64_t width, screen_group *group);
+
 /* A way to screen. */
 typedef struct {
     screen_fn by_vectors, by_tiles;
-    int64_t group; /* steps of x that share a unit, or 0 for all */
-    int swapped;   /* the second and the third of four numbers change places, as in lines of quantized.c */
+    split_fn split;
+    int64_t group;     /* steps of x that share a unit, or 0 for all */
+    int64_t num_bytes; /* of a number of x */
 } screen_kind;
 
 /* That of weights in halves. */
 extern const screen_kind vattention_halves;
 
-/* A group of a row of x, in 16 bits. */
-typedef struct {
-    float unit, norm; /* of its numbers, and their length */
-    int32_t sum;      /* of whole numbers; only good for groups of less than 2^16 */
-} screen_group;
-
 struct screening {
     const vattention_screen *screen;
     const vattention_weight *weight;
     const screen_kind *kind;
-    const int8_t *rows; /* [2 * num_rows, 4 * steps]: a row's upper bytes, then its lower ones */
+    const int8_t *rows; /* [num_rows, bytes of a number, 4 * steps], upper bytes first */
     const screen_group *groups; /* [num_rows, num_groups] */
     const vattention_noise *noise; /* of each row, or NULL */
     int64_t num_groups, num_rows, num_panels, panels_each;
@@ -75,6 +83,18 @@ typedef struct {
 
 /* A thread's share for a weight in halves. */
 void vattention_halves_pack(void *job);
+
+/* The largest of some numbers and the sum of their squares; 0 where they are of no use for bounds. */
+INLINE int measure(const uint16_t *x, int64_t count, float *most, double *squares) {
+    *most = 0.0f;
+    *squares = 0.0;
+    for (int64_t k = 0; k < count; k++) {
+        const float value = widened(x[k]);
+        *most = fabsf(value) > *most ? fabsf(value) : *most;
+        *squares += (double)value * value;
+    }
+    return *squares < (double)LARGEST * LARGEST && !(*most > 0.0f && *most < SMALLEST);
+}
 
 /* One row's bounds in one panel, from its products and what they may be off by. Rounding keeps order, so those of a product
  * are also its bounds after noise is added to all of them. */
