@@ -62,7 +62,7 @@ def test_samples_are_those_of_the_logits(num_rows: int, screened: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5, 20])
 def test_the_first_of_equals_wins_and_nan_is_the_largest(threads: int) -> None:
     weight = torch.zeros(20_000, 32)
     weight[[7, 9_000, 19_999]] = 1.0
@@ -78,6 +78,21 @@ def test_the_first_of_equals_wins_and_nan_is_the_largest(threads: int) -> None:
     assert ids.tolist() == [7, 0, 0]
     assert largest[:2].tolist() == [32.0, 0.0]
     assert np.isnan(largest[2])
+
+
+@needs_kernels
+@pytest.mark.parametrize("threads", [2, 20])
+def test_the_first_of_equals_wins_in_whatever_order_threads_come(threads: int) -> None:
+    """Those that are done with their own columns help with earlier ones."""
+    weight = torch.ones(20_000, 32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for first in range(0, 10_000, 250):
+            weight[:first] = 0.0
+            assert both(torch.ones(1, 32), weight)[0].likeliest([0])[0].tolist() == [first]
+    finally:
+        torch.set_num_threads(before)
 
 
 @needs_kernels

@@ -161,7 +161,7 @@ def test_takes_any_strides(method: type[LinearMethod], dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("method", "dtype"), CASES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("threads", [1, 2, 5, 20])
 def test_any_number_of_threads_gives_the_same(method: type[LinearMethod], dtype: torch.dtype, threads: int) -> None:
     weight, x = torch.randn(333, 400).to(dtype), torch.randn(101, 400).to(dtype)
     packed = method.pack(weight, None)
@@ -324,6 +324,20 @@ def test_the_fastest_method_is_one_that_this_machine_has(monkeypatch: pytest.Mon
     assert fastest_method(300, 64, torch.bfloat16) is TorchLinear
 
 
+@pytest.mark.skipif(not NativeLinear.has_tiles(64, torch.bfloat16), reason="needs a processor with matrix tiles")
+def test_nothing_is_measured_where_there_are_matrix_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside busy processes the fastest method may look slow."""
+
+    def never(*_: object) -> float:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(subject, "_mean_log_time", never)
+    assert fastest_method(300, 64, torch.bfloat16) is NativeLinear
+    for num_in, dtype in ((65, torch.bfloat16), (64, torch.float32)):
+        with pytest.raises(AssertionError, match="measured"):
+            fastest_method(300, num_in, dtype)
+
+
 def test_a_slower_method_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     class Twice(TorchLinear):
         def __call__(self, x: Tensor) -> Tensor:
@@ -346,6 +360,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_other_methods_remain_without_the_library(folder: Path) -> None:
     assert native.kernels() is None
     assert not NativeLinear.available(torch.bfloat16)
+    assert not NativeLinear.has_tiles(64, torch.bfloat16)
     assert fastest_method(64, 64, torch.bfloat16) is not NativeLinear
     with pytest.raises(RuntimeError, match="compiled kernels"):
         NativeLinear.pack(torch.ones(2, 2), None)

@@ -49,6 +49,7 @@ def test_a_block_lives_as_long_as_its_tensors() -> None:
     gc.collect()
     second.fill_(7)
     assert int(second.sum()) == 7 << 20
+    assert storage() is not None
     del second
     gc.collect()
     assert storage() is None

@@ -92,7 +92,8 @@ class CudaCapture:
         random numbers are errors then, and whoever runs out of memory gets none that is only kept.
         """
         index = torch.cuda.current_device()
-        with suppress(RuntimeError):  # torch did so itself: later versions always, 2.11 where no work was refused
+        # torch did so itself: later versions always, maybe without these functions, 2.11 where no work was refused.
+        with suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
         # A pool that was being taken from cannot be used again.

@@ -105,6 +105,7 @@ class DecoderStack:
         ]
         first_of_kind = sorted(set(kinds))
 
+        @torch.no_grad()
         def compute(positions: Tensor) -> list[Pair]:
             heard = listener.hear(torch.zeros_like(positions), positions)
             if heard is None:

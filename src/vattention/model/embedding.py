@@ -14,7 +14,7 @@ from vattention.model.quantized import QuantizedEmbedding, is_lookup, look_up
 from vattention.native import EmbeddingRows, Int64s, Kernels, int64s
 
 _NUM_TRIED = 64
-"""Rows, and tokens, that are compared."""
+"""Rows, and tokens from all over and at either end, that are compared."""
 
 _MOST_KEPT_ROWS = 512
 """Whose memory is kept for the next batch."""
@@ -50,14 +50,15 @@ class CompiledEmbedding:
     """What a module gives that looks up rows and at most multiplies them by a number.
 
     Args:
-        module: keeps the rows alive.
+        module: whose rows they are.
         dtype: of the rows.
     """
 
     def __init__(self, compiled: Kernels, module: nn.Module, rows: EmbeddingRows, dtype: torch.dtype) -> None:
         self.unheard: Sequence[Mapping[int, Any]] = (module._forward_hooks, module._forward_pre_hooks)
         self._kernels = compiled
-        self._module = module
+        # Even if the module is given others.
+        self._alive = module, list(module.parameters())
         self._rows = rows
         self._kept = torch.empty(0, rows.width, dtype=dtype)
 
@@ -76,7 +77,7 @@ class CompiledEmbedding:
             return None
         rows.factor = factor
         made = cls(compiled, module, rows, dtype)
-        tried = torch.linspace(0, rows.num - 1, _NUM_TRIED).long()
+        tried = _tried(table, rows.num)
         return made if torch.equal(made(int64s(tried.tolist())), module(tried)) else None
 
     def __call__(self, token_ids: Int64s) -> Tensor:
@@ -89,11 +90,21 @@ class CompiledEmbedding:
         return x
 
 
+def _tried(table: nn.Embedding, num: int) -> Tensor:
+    """Token ids from all over, and those at either end and of padding, which a model may treat in its own way."""
+    ends = [*range(min(num, _NUM_TRIED)), *range(max(0, num - _NUM_TRIED), num)]
+    padding = [] if table.padding_idx is None else [table.padding_idx]
+    return torch.cat([torch.linspace(0, num - 1, _NUM_TRIED).long(), torch.tensor(ends + padding)])
+
+
 def _factor(table: nn.Embedding, dtype: torch.dtype) -> float | None:
     """What an embedding multiplies its rows by, if it does no more: as seen on rows that it does not know."""
     shape = _NUM_TRIED, table.embedding_dim
     rows = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[0] = 1.0
-    given = look_up(table, rows)
+    try:
+        given = look_up(table, rows)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+        return None
     factor = float(given[0, 0])
     return factor if given.dtype == dtype and torch.equal(given, rows * factor) else None

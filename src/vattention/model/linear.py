@@ -24,6 +24,9 @@ from vattention.native.huge import Empty, huge_empty
 COLUMNS = 32
 """Output columns in a panel of a weight packed for linear.c."""
 
+_TILE_STEPS = 32
+"""Inputs that a matrix tile takes at a time."""
+
 _MOST_SCREENED = 1 << 16
 """Inputs of a screened layer whose products of bytes 32 bits can surely sum."""
 
@@ -182,6 +185,12 @@ class NativeLinear:
     def available(cls, dtype: torch.dtype) -> bool:
         library = kernels()
         return library is not None and dtype in library.dtypes
+
+    @classmethod
+    def has_tiles(cls, num_in: int, dtype: torch.dtype) -> bool:
+        """Whether matrix tiles multiply weights of this type and so many inputs."""
+        library = kernels()
+        return library is not None and library.has_tiles and dtype == torch.bfloat16 and num_in % _TILE_STEPS == 0
 
     def _packed(self, weight: Tensor, empty: Empty) -> Tensor:
         """The weight as the compiled code takes it."""
@@ -392,13 +401,18 @@ _WORTHWHILE = 0.9
 
 
 def fastest_method(num_out: int, num_in: int, dtype: torch.dtype) -> type[LinearMethod]:
-    """Measures the methods at 1, 8 and 64 rows and returns the one with the least geometric mean time.
+    """The method of the least geometric mean time at 1, 8 and 64 rows, as measured here and now.
+
+    Where there are matrix tiles for a type, nothing is measured: `NativeLinear` has been the fastest on them, whole
+    layers run in it alone, and a measurement beside busy processes may say anything.
 
     A large weight is stood for by a part of its rows; the measurement takes some ten milliseconds. It runs on
     one thread, and each method's least time counts: other processes add to a time and, where two
     threads wait for each other, multiply it. `TorchLinear` wins unless another takes less than 0.9 of its time,
     for packing copies the weight.
     """
+    if NativeLinear in METHODS and NativeLinear.has_tiles(num_in, dtype):
+        return NativeLinear
     num_out = max(1, min(num_out, _MEASURED_NUMEL // num_in))
     weight = _random(num_out, num_in, dtype)
     candidates = [method for method in METHODS if method.available(dtype)]

@@ -203,7 +203,7 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[..., dim] for ids [...]."""
-        return look_up(self.table, self.method.rows(token_ids.flatten())).view(*token_ids.shape, -1)
+        return look_up(self.table, self.method.rows(token_ids.flatten())).view(*token_ids.shape, self.embedding_dim)
 
 
 def look_up(embedding: nn.Embedding, rows: Tensor) -> Tensor:

@@ -102,12 +102,13 @@ def _difference_through(
                 continue
             for chunk in chunks:
                 kv.ensure(chunk.slot, chunk.start, chunk.end)
-            with torch.inference_mode():
-                predictions = runner.predict(chunks)
+            predictions = runner.predict(chunks)
+            with torch.no_grad():
                 for logits, row in zip(predictions.logits(range(len(predictions))), expected, strict=True):
                     square += float((_centred(logits) - row).norm()) ** 2
     finally:
         for slot in slots:
             kv.release(slot)
         kv.drop_warm()
-    return math.sqrt(square / sum(float(row.norm()) ** 2 for rows in own for row in rows))
+    whole = sum(float(row.norm()) ** 2 for rows in own for row in rows)
+    return math.sqrt(square / whole) if whole else math.nan

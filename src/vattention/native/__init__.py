@@ -115,6 +115,8 @@ class Kernels:
         self._linear = _function(library, "linear", c_int32, "ppqqpiip")
         self._largest = _function(library, "largest", c_int32, "ppqpqqpppip")
         self._largest_of = _function(library, "largest_of", c_int32, "pqqqpppip")
+        self.has_tiles = _function(library, "has_tiles", c_int32, "")() == 2
+        """Whether the processor multiplies whole tiles of bfloat16, and the system lets it."""
         self.can_screen = bool(_function(library, "can_screen", c_int32, "")())
         self._screen_pack = _function(library, "screen_pack", c_int32, "ppip")
         self._screened_largest = _function(library, "screened_largest", c_int32, "pppqqpppip")

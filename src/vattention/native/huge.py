@@ -12,8 +12,6 @@ from torch import Tensor
 
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _HUGE_PAGE_NBYTES = 2 << 20
-
-
 _BLOCK_NBYTES = 32 << 20
 _LINE_NBYTES = 64
 

@@ -60,9 +60,6 @@ typedef struct {
 /* Most rows for which multiplying quantized panels as they are takes less time than unpacking them. */
 enum { QUANTIZED_ROWS = 4, QUANTIZED_BATCH = 16 };
 
-/* Most rows that pairs of numbers read from memory faster than whole tiles do. */
-enum { PAIRED_ROWS = 1 };
-
 /* Multiplications below which waking the other threads takes longer than they save. */
 enum { ALONE = 1 << 16 };
 
@@ -176,7 +173,7 @@ static const tile_set *set_for(const vattention_weight *weight, int64_t num_rows
     if (num_rows <= QUANTIZED_BATCH && best.batch[weight->format]) {
         return best.batch[weight->format];
     }
-    if (best.tiles && num_in % TILE_STEPS == 0 && num_rows > PAIRED_ROWS) {
+    if (best.tiles && num_in % TILE_STEPS == 0) {
         return best.tiles;
     }
     if (best.pairs && num_in % 2 == 0) {

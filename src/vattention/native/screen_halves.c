@@ -131,6 +131,7 @@ SCREEN_TARGET INLINE void vectors(const screening *s, int64_t first, const int c
             }
         }
     }
+    /* Their sizes also bound what smaller numbers of their group lose where x is taken in 15 bits. */
     const __m512 farthest = _mm512_set1_ps(1.01f * (MOST + 127.0f * rounded(s->weight->num_in)));
     const float *errors = s->screen->errors + panel * COLUMNS, *lengths = errors + s->num_panels * COLUMNS;
 #pragma GCC unroll 4
