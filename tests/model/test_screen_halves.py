@@ -191,3 +191,15 @@ def test_the_bound_is_one_where_all_of_x_is_rounded_down(rows: int, useful: list
     columns, _ = screened(weight.bfloat16()).largest(x.bfloat16())
     assert columns.tolist() == [second] * rows
     assert useful == [True]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_bound_is_one_for_lower_halves_at_their_least(rows: int, useful: list[bool]) -> None:
+    """Products with negative numbers are larger than upper halves say by all of the bound."""
+    weight = torch.zeros(64 * 32, 64)
+    weight[EXACT, 0], weight[EXACT, 1:32] = 127.0, -16.0
+    weight[MISLEADING, 0], weight[MISLEADING, 1:31], weight[MISLEADING, 31] = 119.0, -15.9375, -15.0
+    columns, values = screened(weight.bfloat16()).largest(-ones(rows))
+    assert columns.tolist() == [EXACT] * rows
+    assert values.tolist() == (16.0 * ones(rows).float().sum(1)).tolist()
+    assert useful == [True]
