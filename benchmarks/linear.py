@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from vattention.model.linear import METHODS
+from vattention.model.linear_methods import METHODS
 
 DEMO_SHAPES = "1024x640,256x640,640x1024,4096x640,640x2048,262144x640"
 """Gemma 3 270M: q; k and v; o; gate and up; down; the output layer."""

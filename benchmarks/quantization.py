@@ -27,8 +27,9 @@ from transformers import PreTrainedModel
 from benchmarks.mapping import surroundings
 from vattention.config import EngineConfig
 from vattention.engine.engine import LLMEngine
-from vattention.model.linear import LinearMethod, NativeLinear
+from vattention.model.linear import LinearMethod
 from vattention.model.loader import load
+from vattention.model.native_linear import NativeLinear
 from vattention.model.optimize import optimize
 from vattention.model.quantized import Int4Linear, Int8Linear
 from vattention.sampling_params import SamplingParams

@@ -20,7 +20,7 @@ from vattention.kv.manager import KVManager
 from vattention.model import optimize as optimizing
 from vattention.model.decoder_stack import DecoderStack
 from vattention.model.fused_layer import fuse_layers
-from vattention.model.linear import NativeLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
 from vattention.model.rotary import RotaryTables

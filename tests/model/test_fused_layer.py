@@ -22,7 +22,7 @@ from vattention.model import runner as running
 from vattention.model.batch_attention import BatchAttention, Place
 from vattention.model.decoder_stack import DecoderStack
 from vattention.model.fused_layer import FusedLayer, fuse_layers
-from vattention.model.linear import NativeLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.optimize import optimize
 from vattention.model.probe import probe
 from vattention.model.runner import ModelRunner

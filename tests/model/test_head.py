@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tests.model.architectures import ARCHITECTURES
 from vattention.model.head import HiddenStates, Scratch, plain_output_layer
-from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.model.linear import PackedLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.predictions import GivenLogits, Predictions
 from vattention.model.sampler import SampleRow, sample
 from vattention.sampling_params import SamplingParams

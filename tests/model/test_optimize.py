@@ -23,8 +23,10 @@ from transformers import (
 
 from vattention.model import optimize as subject
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
-from vattention.model.linear import LinearMethod, NativeLinear, OneDnnLinear, PackedLinear, WideningLinear
+from vattention.model.linear import LinearMethod, PackedLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.optimize import TOLERANCE, largest_difference, optimize
+from vattention.model.torch_linear import OneDnnLinear, WideningLinear
 from vattention.native import kernels
 
 SIZES = {

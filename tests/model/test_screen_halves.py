@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.model.test_linear import noises, some_weights
+from tests.model.linears import noises, some_weights
 from vattention import native
 from vattention.model.quantize import HalvedInt8
 from vattention.model.quantized import HalvedInt8Linear, Int4Linear, Int8Linear

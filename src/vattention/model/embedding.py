@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vattention.model.linear import NativeLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.quantized import QuantizedEmbedding, is_lookup, look_up
 from vattention.native import EmbeddingRows, Int64s, Kernels, int64s
 

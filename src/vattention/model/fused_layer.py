@@ -26,7 +26,8 @@ from vattention.model.batch_attention import BatchAttention, Place
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm
 from vattention.model.fused_attention import FusedAttention
 from vattention.model.hook import AttentionHook
-from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.model.linear import PackedLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.model.optimize import TOLERANCE, row_difference
 from vattention.model.probe import AttentionLayer, ModelAttention
 from vattention.native import DecoderLayer, Kernels, Norm, Workspace, kernels

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vattention.model.linear import NativeLinear, PackedLinear
+from vattention.model.linear import PackedLinear
+from vattention.model.native_linear import NativeLinear
 from vattention.native import Largest, Noise
 
 _log = logging.getLogger(__name__)

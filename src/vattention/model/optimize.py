@@ -19,14 +19,8 @@ from transformers import PreTrainedModel
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
 from vattention.model.fused_attention import Notes, Projections, fuse
 from vattention.model.hook import AttentionHook
-from vattention.model.linear import (
-    LinearMethod,
-    PackedLinear,
-    TorchLinear,
-    fastest_method,
-    is_plain_linear,
-    standing_for,
-)
+from vattention.model.linear import LinearMethod, PackedLinear, is_plain_linear, standing_for
+from vattention.model.linear_methods import fastest_method
 from vattention.model.quantized import (
     QUANTIZATIONS,
     QuantizedEmbedding,
@@ -34,6 +28,7 @@ from vattention.model.quantized import (
     is_lookup,
     is_way_into_attention,
 )
+from vattention.model.torch_linear import TorchLinear
 from vattention.native import Kernels, kernels
 from vattention.native.huge import HugeBlocks
 

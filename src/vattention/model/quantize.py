@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vattention.model.linear import COLUMNS
+from vattention.model.panels import COLUMNS
 from vattention.native import WeightFormat
 from vattention.native.huge import Empty, huge_empty
 

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vattention.model.linear import COLUMNS, LinearMethod, NativeLinear, Screen
+from vattention.model.linear import LinearMethod
+from vattention.model.native_linear import NativeLinear
+from vattention.model.panels import COLUMNS
 from vattention.model.quantize import GROUP, Format, HalvedInt8, Int4, Int8, pack, unpack, unpack_rows
+from vattention.model.screen import Screen
 from vattention.native import WeightFormat, kernels
 from vattention.native.huge import Empty, huge_empty
 
