@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from transformers.models.llama import modeling_llama
 
 from tests.model.architectures import ARCHITECTURES
+from vattention.model.difference import TOLERANCE, row_difference
 from vattention.model.fused_attention import FusedAttention, Notes, PartialLinear
 from vattention.model.hook import AttentionHook
-from vattention.model.optimize import TOLERANCE, optimize, row_difference
+from vattention.model.optimize import optimize
 from vattention.native import kernels
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no compiled kernels here")

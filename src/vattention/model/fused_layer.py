@@ -23,12 +23,12 @@ from vattention.attention.kernel import RaggedBatch
 from vattention.core import AttentionSpec, Chunk
 from vattention.kv.manager import LayerView
 from vattention.model.batch_attention import BatchAttention, Place
+from vattention.model.difference import TOLERANCE, row_difference
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm
 from vattention.model.fused_attention import FusedAttention
 from vattention.model.hook import AttentionHook
 from vattention.model.linear import PackedLinear
 from vattention.model.native_linear import NativeLinear
-from vattention.model.optimize import TOLERANCE, row_difference
 from vattention.model.probe import AttentionLayer, ModelAttention
 from vattention.native import DecoderLayer, Kernels, Norm, Workspace, kernels
 

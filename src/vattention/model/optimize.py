@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from vattention.model.difference import TOLERANCE, largest_difference, row_difference
 from vattention.model.fused import FusedGatedMLP, FusedRMSNorm, GatedMLP
 from vattention.model.fused_attention import Notes, Projections, fuse
 from vattention.model.hook import AttentionHook
 from vattention.model.linear import LinearMethod, PackedLinear, is_plain_linear, standing_for
 from vattention.model.linear_methods import fastest_method
+from vattention.model.optimize_report import Account, OptimizeReport
 from vattention.model.quantized import (
     QUANTIZATIONS,
     QuantizedEmbedding,
@@ -34,12 +34,6 @@ from vattention.native.huge import HugeBlocks
 
 _log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float32: 1e-5}
-"""Largest difference from the replaced module's result, as a share of the largest number in the same row of it.
-
-Two units in the last place of bfloat16 and float16; in float32 what another order of summation makes.
-"""
-
 _ROTATED = 2
 """Times the tolerance for queries and keys: modules round them after their norm, both products and the sum."""
 
@@ -48,29 +42,6 @@ _QUANTIZED = 2
 
 _SAMPLED_OUTPUTS = 512
 _PROGRESS_DELAY_S = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizeReport:
-    """What `optimize` did.
-
-    Attributes:
-        replaced: how many modules now run each way: a linear method's name, "attention", "gated mlp" or "rms norm".
-        kept: linear layers that stay as they were because nothing here is faster.
-        refused: names of modules whose replacement gave other results; they stay as they were.
-        nbytes: memory of all weights afterwards.
-        copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share.
-        peak_copied_nbytes: the most there was at any time, with originals about to be dropped.
-        elapsed_s: time it took.
-    """
-
-    replaced: dict[str, int]
-    kept: int
-    refused: tuple[str, ...]
-    nbytes: int
-    copied_nbytes: int
-    peak_copied_nbytes: int
-    elapsed_s: float
 
 
 @torch.no_grad()
@@ -88,33 +59,27 @@ def optimize(model: nn.Module, quantization: str | None = None) -> OptimizeRepor
             modules on what the quantized weights stand for.
     """
     begin = time.perf_counter()
-    optimizer = _Optimizer(model, quantization)
-    optimizer.run()
-    return optimizer.report(time.perf_counter() - begin)
+    account = Account(model)
+    _Optimizer(model, quantization, account).run()
+    return account.report(time.perf_counter() - begin)
 
 
 class _Optimizer:
     """The state of one pass over a model."""
 
-    def __init__(self, model: nn.Module, quantization: str | None) -> None:
+    def __init__(self, model: nn.Module, quantization: str | None, account: Account) -> None:
         self._model = model
+        self._account = account
         self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
         self._leeway = 1 if quantization is None else _QUANTIZED
         self._output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         self._kernels = kernels()
         self._blocks = HugeBlocks()
         modules = list(model.modules())
-        self._num_holders = Counter(id(p) for module in modules for p in module.parameters(recurse=False))
         self._num_sites = Counter(id(child) for module in modules for child in module.children())
         self._notes: Notes | None = None
         self._several_sites: dict[nn.Module, nn.Module] = {}
         self._methods: dict[tuple[int, int, torch.dtype], type[LinearMethod]] = {}
-        self._replaced: Counter[str] = Counter()
-        self._kept = 0
-        self._refused: list[str] = []
-        self._packed_nbytes = 0
-        self._copied_nbytes = 0
-        self._peak_copied_nbytes = 0
         self._progress = tqdm(total=len(modules), desc="packing weights", delay=_PROGRESS_DELAY_S, leave=False)
 
     def run(self) -> None:
@@ -133,17 +98,6 @@ class _Optimizer:
             yield
         finally:
             hook.close()
-
-    def report(self, elapsed_s: float) -> OptimizeReport:
-        return OptimizeReport(
-            dict(self._replaced),
-            self._kept,
-            tuple(self._refused),
-            self._packed_nbytes + sum(parameter.nbytes for parameter in self._model.parameters()),
-            self._copied_nbytes,
-            self._peak_copied_nbytes,
-            elapsed_s,
-        )
 
     def _walk(self, parent: nn.Module, prefix: str) -> None:
         """Goes down from parents to children, keeping no reference to a module once it is replaced."""
@@ -193,7 +147,7 @@ class _Optimizer:
             return self._quantized(quantized, linear, name)
         method = self._method(linear.out_features, linear.in_features, linear.weight.dtype)
         if method is TorchLinear:
-            self._kept += 1
+            self._account.kept += 1
             return linear
         replacement = PackedLinear.of(linear, method, self._blocks.empty)
         difference = max(
@@ -234,7 +188,7 @@ class _Optimizer:
     def _packed(self, linear: nn.Linear, replacement: PackedLinear, name: str, difference: float) -> nn.Module:
         if not self._accept(name, replacement.method.name, difference, linear.weight.dtype):
             return linear
-        self._account([linear.weight], replacement.method.nbytes)
+        self._account.pack([linear.weight], replacement.method.nbytes)
         return replacement
 
     def _tied(self, linear: nn.Linear, method: QuantizedMethod) -> None:
@@ -244,7 +198,7 @@ class _Optimizer:
             return
         replacement = QuantizedEmbedding(embedding, method)
         self._model.set_input_embeddings(replacement)  # type: ignore[operator]
-        self._replaced["embedding"] += 1
+        self._account.replaced["embedding"] += 1
 
     def _gated_mlp(self, kernels: Kernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
         dtype = mlp.gate_proj.weight.dtype
@@ -258,7 +212,7 @@ class _Optimizer:
         if not self._accept(name, "gated mlp", difference, dtype):
             return module
         weights = [part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
-        self._account(weights, replacement.nbytes, merged_nbytes=replacement.gate_up.method.nbytes)
+        self._account.pack(weights, replacement.nbytes, merged_nbytes=replacement.gate_up.method.nbytes)
         return replacement
 
     def _attention(self, kernels: Kernels, module: nn.Module, parts: Projections, name: str) -> None:
@@ -278,9 +232,9 @@ class _Optimizer:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.
             _log.info("%s is no attention that can be fused", name)
             return
-        self._replaced["attention"] += 1
+        self._account.replaced["attention"] += 1
         nbytes = fused[0].method.nbytes
-        self._account([part.weight for part in parts], nbytes, merged_nbytes=nbytes)
+        self._account.pack([part.weight for part in parts], nbytes, merged_nbytes=nbytes)
         fused[0].install()
 
     def _rms_norm(self, kernels: Kernels, module: nn.Module, name: str) -> nn.Module:
@@ -295,42 +249,8 @@ class _Optimizer:
 
     def _accept(self, name: str, kind: str, difference: float, dtype: torch.dtype) -> bool:
         if difference <= self._leeway * TOLERANCE[dtype]:
-            self._replaced[kind] += 1
+            self._account.replaced[kind] += 1
             return True
         _log.warning("%s stays as it is: as %s it is off by %.2g of a row's largest number", name, kind, difference)
-        self._refused.append(name)
+        self._account.refused.append(name)
         return False
-
-    def _account(self, originals: list[Tensor], nbytes: int, merged_nbytes: int = 0) -> None:
-        """Counts a packed copy of `originals`, which are dropped unless other modules hold them."""
-        self._peak_copied_nbytes = max(self._peak_copied_nbytes, self._copied_nbytes + nbytes + merged_nbytes)
-        self._packed_nbytes += nbytes
-        freed = sum(weight.nbytes for weight in originals if self._num_holders[id(weight)] == 1)
-        self._copied_nbytes += max(0, nbytes - freed)
-
-
-def largest_difference(
-    replacement: Callable[[Tensor], Tensor],
-    original: Callable[[Tensor], Tensor],
-    num_in: int,
-    dtype: torch.dtype,
-    rows: tuple[int, ...] = (1, 5, 64),
-) -> float:
-    """Compares results for random inputs [rows, num_in]: the largest difference as a share of the largest number in
-    its row; inf for NaN.
-
-    Rows are scaled down to a thousandth from first to last: only small inputs show a norm's epsilon.
-    """
-    generator = torch.Generator().manual_seed(0)
-    largest = 0.0
-    for count in rows:
-        x = torch.randn(count, num_in, generator=generator) * torch.logspace(0, -3, count)[:, None]
-        largest = max(largest, row_difference(replacement(x.to(dtype)), original(x.to(dtype))))
-    return largest
-
-
-def row_difference(result: Tensor, expected: Tensor) -> float:
-    """The largest difference of [rows, width] as a share of the largest number in its row; inf for NaN."""
-    expected = expected.float()
-    scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((result.float() - expected).abs() / scale).nan_to_num(math.inf).max())
