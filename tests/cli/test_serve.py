@@ -57,3 +57,31 @@ def test_a_port_in_use_is_known_before_the_model_loads(capsys: pytest.CaptureFix
         port = other.getsockname()[1]
         assert main(["serve", "/no/such/model", "--port", str(port)]) == USER_ERROR
     assert f"port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "origins"),
+    [
+        ([], ("*",)),
+        (["--allowed-origins", "https://a.example"], ("https://a.example",)),
+        (
+            ["--allowed-origins", "https://a.example", "--allowed-origins=http://b"],
+            ("https://a.example", "http://b"),
+        ),
+        (["--allowed-origins", '["https://a.example", "http://b"]'], ("https://a.example", "http://b")),
+        (["--allowed-origins", "[]"], ()),
+    ],
+)
+def test_origins_one_by_one_or_as_vllm_takes_them(
+    arguments: list[str], origins: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def serve(engine: object, listener: socket.socket, **options: Any) -> None:
+        listener.close()
+        given.update(options)
+
+    monkeypatch.setattr("vattention.engine.async_engine.AsyncEngine.from_config", lambda config: engine())
+    monkeypatch.setattr("vattention.server.serve", serve)
+    assert main(["serve", "tiny", "--port", "0", "--served-model-name", "tiny", *arguments]) == 0
+    assert given["allowed_origins"] == origins

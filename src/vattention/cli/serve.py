@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vattention.engine.async_engine import AsyncEngine
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+Origins = Annotated[tuple[str, ...], Parameter(json_list=True, negative=(), show_default=" ".join)]
 
 
 @takes(engine=OptionsOf(EngineConfig, "Engine", omit=("model",)))
@@ -33,6 +34,7 @@ def serve(
     api_key: Annotated[str | None, Parameter(env_var="VATTENTION_API_KEY")] = None,
     served_model_name: str | None = None,
     chat_template: Path | None = None,
+    allowed_origins: Origins = ("*",),
     log_level: LogLevel = "info",
     engine: Options,
 ) -> None:
@@ -45,6 +47,8 @@ def serve(
         api_key: key that every request must bring; better in the environment, where other users do not see it.
         served_model_name: what clients call the model; by default MODEL.
         chat_template: a file with a Jinja chat template to use instead of the model's own.
+        allowed_origins: whose web pages may use the server from a browser, such as https://example.org, or * for
+            all; once for each, or all as a JSON list.
         log_level: least important messages to log.
     """
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -70,6 +74,7 @@ def serve(
         served_model_name=name,
         api_key=api_key,
         chat_template=template,
+        allowed_origins=allowed_origins,
         on_ready=lambda url: print(welcome(served, url, name, api_key), flush=True),
     )
 

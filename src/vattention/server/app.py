@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from http import HTTPStatus
@@ -11,6 +11,7 @@ from importlib import resources
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client.exposition import choose_encoder
+from starlette.middleware.cors import CORSMiddleware
 
 from vattention import __version__
 from vattention.errors import EngineStoppedError
@@ -27,6 +28,8 @@ PAGE_POLICY = (
 )
 """The page is one file, and talks to this server only."""
 
+ALL_ORIGINS = ("*",)
+
 
 def create_app(
     engine: ServedEngine,
@@ -34,6 +37,7 @@ def create_app(
     served_model_name: str | None = None,
     api_key: str | None = None,
     chat_template: str | None = None,
+    allowed_origins: Sequence[str] = ALL_ORIGINS,
 ) -> FastAPI:
     """The HTTP API of an engine.
 
@@ -42,6 +46,8 @@ def create_app(
         served_model_name: what clients call the model; by default the engine's name for it.
         api_key: required of every request but `/`, `/health` and `/metrics`, where given.
         chat_template: a Jinja template in place of the model's own.
+        allowed_origins: those whose web pages may use the server from a browser, such as "https://example.org";
+            "*" for all.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vattention-tokenizer")
     service = Service(engine, served_model_name or engine.model_name, chat_template, worker)
@@ -57,6 +63,16 @@ def create_app(
     app.add_middleware(LimitBody, max_nbytes=max_body_nbytes(engine.max_model_len))
     if api_key:
         app.add_middleware(RequireKey, api_key=api_key)
+    if allowed_origins:
+        # Around the key, since a browser asks without one whether it may send it. That all origins may ask does not
+        # weaken it: browsers send a bearer token only for pages that have it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     for router in (
         completions.routes(service),
         chat.routes(service),

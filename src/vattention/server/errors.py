@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -72,12 +73,13 @@ def reply_to(error: Exception) -> ErrorReply:
 
 
 def install(app: FastAPI) -> None:
-    """Make `app` answer every error in this shape."""
+    """Make `app` answer every error in this shape. To be called before middleware is added."""
     app.add_exception_handler(RequestValidationError, _on_invalid_body)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(VAttentionError, _on_error)
-    app.add_exception_handler(Exception, _on_error)
     app.add_exception_handler(ClientGoneError, _on_client_gone)
+    # A handler for Exception would run outside all middleware, and its reply lack what they add.
+    app.add_middleware(ServerErrorMiddleware, handler=_on_error)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

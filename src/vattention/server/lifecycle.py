@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
 
 from vattention.errors import ConfigError
-from vattention.server.app import create_app
+from vattention.server.app import ALL_ORIGINS, create_app
 from vattention.server.engine import ServedEngine
 
 logger = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ def serve(
     served_model_name: str | None = None,
     api_key: str | None = None,
     chat_template: str | None = None,
+    allowed_origins: Sequence[str] = ALL_ORIGINS,
     drain_timeout_s: float = 30.0,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
@@ -77,11 +78,17 @@ def serve(
 
     Args:
         listener: from `bind`; closed at the end.
-        served_model_name, api_key, chat_template: as for `create_app`.
+        served_model_name, api_key, chat_template, allowed_origins: as for `create_app`.
         on_ready: called with the server's URL once it answers.
     """
     try:
-        app = create_app(engine, served_model_name=served_model_name, api_key=api_key, chat_template=chat_template)
+        app = create_app(
+            engine,
+            served_model_name=served_model_name,
+            api_key=api_key,
+            chat_template=chat_template,
+            allowed_origins=allowed_origins,
+        )
         config = uvicorn.Config(
             app,
             lifespan="on",
