@@ -144,7 +144,7 @@ def _long_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences with more than one row go to the kernel for them."""
     monkeypatch.setattr(compiled, "SHORT_ROWS", 1)
     library = native.kernels()
-    if library is None or not library.can_prefill(MATRIX_TILES, torch.bfloat16):
+    if library is None or not library.attention.can_prefill(MATRIX_TILES, torch.bfloat16):
         pytest.skip("no matrix tiles here")
 
 
@@ -221,7 +221,7 @@ class TestPrefill:
             (AttentionSpec(2, 1, 64, 64, 1.0), torch.float32),
             (AttentionSpec(2, 1, 64, 64, 1.0), torch.float16),
         ):
-            assert not library.can_prefill(kernel.heads(spec), dtype)
+            assert not library.attention.can_prefill(kernel.heads(spec), dtype)
 
     def test_a_window_leaves_what_is_before_it_alone(self) -> None:
         """Memory before a window may be gone; not-a-number stands for it, and for what comes after the sequence."""

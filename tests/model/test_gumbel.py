@@ -15,6 +15,7 @@ from torch import Tensor
 from vattention.model import gumbel
 from vattention.model.gumbel import likeliest, noise_for
 from vattention.native import Kernels, Noise, kernels
+from vattention.native.products import Products
 
 TEMPERATURES = (1.0, 0.0, 1e-5, 0.05, 0.7, 3.0, 1e3, 1e8, 1e38)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -85,30 +86,30 @@ CASES = [(1, 1.0), (31, 0.0), (32, 1.0), (33, 5.0), (5003, 0.0), (5003, 1e-4), (
 
 
 @pytest.fixture(params=[None, 4, 8, 16])
-def library(request: pytest.FixtureRequest, kernels_of_lanes: Callable[..., Path]) -> Kernels:
+def products(request: pytest.FixtureRequest, kernels_of_lanes: Callable[..., Path]) -> Products:
     """The installed kernels, and those for narrower vectors."""
     installed = kernels()
     if installed is None:
         pytest.skip("no compiled kernels on this machine")
-    return installed if request.param is None else Kernels(kernels_of_lanes(request.param))
+    return (installed if request.param is None else Kernels(kernels_of_lanes(request.param))).products
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_compiled_noise_is_the_same_to_the_bit(
-    library: Kernels, threads: int, monkeypatch: pytest.MonkeyPatch
+    products: Products, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for vocab, spread in CASES:
         logits, noise = logits_of(18, vocab, spread), noise_of(18)
-        for own, expected in zip(library.largest_of(logits, noise), without_kernels(logits, noise), strict=True):
+        for own, expected in zip(products.largest_of(logits, noise), without_kernels(logits, noise), strict=True):
             np.testing.assert_array_equal(own, expected)
-        greedy = library.largest_of(logits)
+        greedy = products.largest_of(logits)
         np.testing.assert_array_equal(greedy[0], logits.numpy().argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1.0, 1e4])
 @pytest.mark.parametrize("level", [-50.0, 0.0, 7.0])
-def test_the_least_lead_is_seen(library: Kernels, temperature: float, level: float) -> None:
+def test_the_least_lead_is_seen(products: Products, temperature: float, level: float) -> None:
     """Hashes that tell which noise need not be computed: of two numbers the second one wins by a last bit."""
     draws, late = 20_000, 45
     noise = noise_of(draws, (temperature,))
@@ -121,10 +122,10 @@ def test_the_least_lead_is_seen(library: Kernels, temperature: float, level: flo
     while (behind := second + own <= first).any():
         second[behind] = np.nextafter(second[behind], np.float32(np.inf))
     logits[:, 0], logits[:, late] = level, torch.from_numpy(second)
-    assert (library.largest_of(logits, noise)[0] == late).all()
+    assert (products.largest_of(logits, noise)[0] == late).all()
     less = np.nextafter(first, np.float32(-np.inf)) - own
     logits[:, late] = torch.from_numpy(less)
-    assert ((library.largest_of(logits, noise)[0] == late) == (less + own > first)).all()
+    assert ((products.largest_of(logits, noise)[0] == late) == (less + own > first)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

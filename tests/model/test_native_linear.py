@@ -168,13 +168,13 @@ def test_lesser_processors_give_the_same(
         x = torch.randn(9, 100).to(dtype)
         kernels = native.kernels()
         assert kernels is not None
-        assert kernels.can_screen <= (dot == 1)
-        if kernels.can_screen and dtype == torch.bfloat16:
+        assert kernels.products.can_screen <= (dot == 1)
+        if kernels.products.can_screen and dtype == torch.bfloat16:
             for weight, some in some_weights():
                 same_largest(weight.bfloat16(), some.bfloat16())
         normed, gated = torch.empty_like(x), torch.empty_like(x[:, :50])
-        kernels.rms_norm(x, torch.ones(100), 1e-6, normed)
-        kernels.gate(x, 1.0, 0.0, gated)
+        kernels.rowwise.rms_norm(x, torch.ones(100), 1e-6, normed)
+        kernels.rowwise.gate(x, 1.0, 0.0, gated)
         rtol = 2**-7 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(normed, F.rms_norm(x.double(), (100,), eps=1e-6).to(dtype), rtol=rtol, atol=1e-5)
         torch.testing.assert_close(gated, (F.silu(x[:, :50].double()) * x[:, 50:]).to(dtype), rtol=rtol, atol=1e-5)

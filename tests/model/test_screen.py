@@ -17,7 +17,7 @@ def seed() -> None:
 
 
 @pytest.mark.skipif(
-    (library := native.kernels()) is None or not library.can_screen, reason="needs a processor with VNNI"
+    (library := native.kernels()) is None or not library.products.can_screen, reason="needs a processor with VNNI"
 )
 class TestScreen:
     def test_the_largest_are_the_same(self) -> None:

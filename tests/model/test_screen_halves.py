@@ -15,6 +15,7 @@ from tests.model.linears import noises, some_weights
 from vattention import native
 from vattention.model.quantize import HalvedInt8
 from vattention.model.quantized import HalvedInt8Linear, Int4Linear, Int8Linear
+from vattention.native.products import Products
 
 pytestmark = pytest.mark.skipif(
     not HalvedInt8Linear.available(torch.bfloat16), reason="needs a processor with VNNI"
@@ -28,14 +29,14 @@ EXACT, MISLEADING = 5 * 32 + 7, 40 * 32 + 3
 def useful(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each use of a screen spared work."""
     uses: list[bool] = []
-    screened = native.Kernels.screened_largest
+    screened = Products.screened_largest
 
-    def noted(self: native.Kernels, *arguments: object) -> tuple[native.Largest, bool]:
+    def noted(self: Products, *arguments: object) -> tuple[native.Largest, bool]:
         result = screened(self, *arguments)  # type: ignore[arg-type]
         uses.append(result[1])
         return result
 
-    monkeypatch.setattr(native.Kernels, "screened_largest", noted)
+    monkeypatch.setattr(Products, "screened_largest", noted)
     return uses
 
 

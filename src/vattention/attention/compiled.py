@@ -51,10 +51,10 @@ class CompiledKernel:
     ) -> bool:
         """Compute spans of many rows by matrix tiles; whether this processor has them for such a layer."""
         compiled, heads = kernels(), self.heads(spec)
-        if compiled is None or spec.has_sinks or not compiled.can_prefill(heads, view.keys.dtype):
+        if compiled is None or spec.has_sinks or not compiled.attention.can_prefill(heads, view.keys.dtype):
             return False
         rows = query if query.stride(-1) == 1 else query.contiguous()
-        compiled.prefill(heads, self.cache(view), rows, spans, output)
+        compiled.attention.prefill(heads, self.cache(view), rows, spans, output)
         return True
 
 
@@ -136,7 +136,7 @@ def attend_short(
     rows = query if query.stride(-1) == 1 else query.contiguous()
     logits = None if sinks is None else sinks.float().contiguous()
     precise = output.float() if output.dtype == torch.float16 else output
-    compiled.attend(heads, cache, rows, spans, logits, precise)
+    compiled.attention.attend(heads, cache, rows, spans, logits, precise)
     if precise is not output:
         output.copy_(precise)
 

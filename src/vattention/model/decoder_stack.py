@@ -144,7 +144,7 @@ class DecoderStack:
         last = max(start + num_rows for _, _, num_rows, start in batch.spans) - 1
         x = self._embed(int64s(token_ids))
         parts = batch.parts(1)
-        self._kernels.stack(
+        self._kernels.decoder.stack(
             *(self._layers, self._norm, parts.short, parts.long_spans),
             *(self._rotary.up_to(last), self._workspace, x, int64s(wanted)),
         )

@@ -86,7 +86,7 @@ class CompiledEmbedding:
             x = x.new_empty(len(token_ids), x.shape[1])
             if len(token_ids) <= _MOST_KEPT_ROWS:
                 self._kept = x
-        self._kernels.embed(self._rows, token_ids, x)
+        self._kernels.rowwise.embed(self._rows, token_ids, x)
         return x
 
 

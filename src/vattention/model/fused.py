@@ -71,7 +71,7 @@ class FusedRMSNorm(nn.Module):
             # The kernel walks memory: no gaps, and rows in one piece.
             x = x.contiguous()
             out = torch.empty_like(x)
-        self._kernels.rms_norm(x, self.scale, self.epsilon, out)
+        self._kernels.rowwise.rms_norm(x, self.scale, self.epsilon, out)
         return out
 
 
@@ -161,6 +161,6 @@ class FusedGatedMLP(nn.Module):
         """y[..., out] for x[..., in]."""
         gate_up: Tensor = self.gate_up(x).view(-1, 2 * self._width)
         hidden = gate_up.new_empty(gate_up.shape[0], self._width)
-        self._kernels.gate(gate_up, self.gate.linear, self.gate.cubic, hidden)
+        self._kernels.rowwise.gate(gate_up, self.gate.linear, self.gate.cubic, hidden)
         y: Tensor = self.down(hidden)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -164,7 +164,7 @@ class FusedAttention:
         ):
             return self._original(*args, **keywords)
         x = self.method(hidden.reshape(-1, hidden.shape[-1]))
-        self._kernels.rotate(self._rotation, x, cosines, sines)
+        self._kernels.rowwise.rotate(self._rotation, x, cosines, sines)
         heads = torch.split(x.view(*shape, -1, self._head_dim).transpose(1, 2), self._num_heads, 1)
         passed_on = {name: value for name, value in keywords.items() if name not in self._taken}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)

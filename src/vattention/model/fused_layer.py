@@ -136,7 +136,7 @@ class FusedLayer:
             self._hidden,
             kernels.number_type(self._dtype),
         )
-        self.prefills = kernels.can_prefill(heads, self._dtype)
+        self.prefills = kernels.attention.can_prefill(heads, self._dtype)
 
     @property
     def native(self) -> DecoderLayer:
@@ -168,7 +168,7 @@ class FusedLayer:
                 cache, batch = claimed
                 cosines, sines = embeddings
                 x, parts = hidden_states.clone(), batch.parts(1)
-                self._kernels.layer(
+                self._kernels.decoder.layer(
                     *(self._layer, cache, parts.short, parts.long_spans),
                     *(cosines[0], sines[0], self._workspace, x[0]),
                 )

@@ -61,7 +61,7 @@ def likeliest(logits: Tensor, noise: Noise | None = None) -> Largest:
     if noise is not None and len(logits) > 0:
         library = None if logits.is_cuda else kernels()
         if library is not None:
-            return library.largest_of(logits if logits.stride(1) == 1 else logits.contiguous(), noise)
+            return library.products.largest_of(logits if logits.stride(1) == 1 else logits.contiguous(), noise)
         logits = _perturbed(logits, noise)
     if logits.is_cuda:
         largest, token_ids = logits.max(dim=-1)

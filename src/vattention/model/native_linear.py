@@ -34,7 +34,7 @@ class NativeLinear:
         library = kernels()
         if library is None:
             raise RuntimeError("the compiled kernels are not there; ask available() first")
-        self._kernels = library
+        self._products = library.products
         self._num_out, self._num_in = weight.shape
         self._dtype = weight.dtype
         self._panels = self._packed(weight, empty)
@@ -58,7 +58,12 @@ class NativeLinear:
     def has_tiles(cls, num_in: int, dtype: torch.dtype) -> bool:
         """Whether matrix tiles multiply weights of this type and so many inputs."""
         library = kernels()
-        return library is not None and library.has_tiles and dtype == torch.bfloat16 and num_in % _TILE_STEPS == 0
+        return (
+            library is not None
+            and library.products.has_tiles
+            and dtype == torch.bfloat16
+            and num_in % _TILE_STEPS == 0
+        )
 
     def _packed(self, weight: Tensor, empty: Empty) -> Tensor:
         """The weight as the compiled code takes it."""
@@ -89,7 +94,7 @@ class NativeLinear:
     def write(self, x: Tensor, y: Tensor) -> None:
         """The product into contiguous y[rows, out], of the weight's type or float32."""
         if x.shape[0] > 0:
-            self._kernels.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
+            self._products.linear(self._native, x if x.stride(1) == 1 else x.contiguous(), y)
 
     def largest(self, x: Tensor, noise: Noise | None = None) -> Largest:
         """Each row's first largest output, NaN counting as largest: its index and its value before rounding.
@@ -101,8 +106,8 @@ class NativeLinear:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         x = x if x.stride(1) == 1 else x.contiguous()
         if self._screen is None or x.shape[0] > self._screen.most_rows or self._screen.take_rest():
-            return self._kernels.largest(self._native, x, noise)
-        largest, useful = self._kernels.screened_largest(self._native, self._screen.copy, x, noise)
+            return self._products.largest(self._native, x, noise)
+        largest, useful = self._products.screened_largest(self._native, self._screen.copy, x, noise)
         self._screen.note(useful)
         return largest
 
@@ -112,9 +117,9 @@ class NativeLinear:
         Whether this was done: it takes a processor with the instructions, bfloat16, plain or quantized in halves,
         sums that fit into 32 bits, and no bias.
         """
-        if self._kernels.can_screen and self._bias is None and self._dtype == torch.bfloat16:
+        if self._products.can_screen and self._bias is None and self._dtype == torch.bfloat16:
             screen = self._screen_of()
-            if screen is not None and self._kernels.screen(screen.copy, self._native):
+            if screen is not None and self._products.screen(screen.copy, self._native):
                 self._screen = screen
         return self._screen is not None
 

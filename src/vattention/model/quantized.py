@@ -76,7 +76,7 @@ class HalvedInt8Linear(_NativeQuantized):
     @classmethod
     def available(cls, dtype: torch.dtype) -> bool:
         library = kernels()
-        return library is not None and library.can_screen and dtype == torch.bfloat16
+        return library is not None and library.products.can_screen and dtype == torch.bfloat16
 
     def _screen_of(self) -> Screen | None:
         nothing = torch.empty(0)

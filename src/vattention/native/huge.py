@@ -59,3 +59,17 @@ class HugeBlocks:
             self._block, start = huge_empty(_BLOCK_NBYTES, torch.uint8), 0
         self._used_nbytes = start + nbytes
         return self._block[start : start + nbytes].view(dtype)
+
+
+class Workspace:
+    """Memory that a model's layers work in, one after the other, kept for the next batch."""
+
+    def __init__(self) -> None:
+        self._memory = huge_empty(0, torch.uint8)
+        self._nbytes = 0
+
+    def address(self, nbytes: int) -> int:
+        """Of so many bytes, from a cache line on; good until the next call."""
+        if self._nbytes < nbytes:
+            self._memory, self._nbytes = huge_empty(nbytes, torch.uint8), nbytes
+        return self._memory.data_ptr()
