@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vattention.config import EngineConfig, SwapTarget, parse_swap_space
 from vattention.errors import ConfigError
@@ -33,18 +35,40 @@ def test_what_swap_space_cannot_be(text: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kv": "other"}, "there are 'virtual', 'paged'"),
-        ({"reservation": "half"}, "there are 'max', 'pow2', 'oracle'"),
+        ({"kv": "other"}, "kv must be 'virtual', 'paged' or 'reserved', not 'other'"),
+        ({"reservation": "half"}, "must be 'max', 'pow2' or 'oracle', not 'half'"),
+        ({"kv_layout": "sideways"}, "kv_layout must be 'per-layer' or 'sliced', not 'sideways'"),
+        ({"dtype": "float64"}, "dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not 'float64'"),
+        ({"max_model_len": "64"}, "max_model_len must be an integer or None, not '64'"),
+        ({"max_num_seqs": 4.0}, "max_num_seqs must be an integer, not 4.0"),
+        ({"enable_prefix_caching": "false"}, "enable_prefix_caching must be True, False or None, not 'false'"),
+        ({"kv_memory": 4.5}, "kv_memory must be a string, an integer or None, not 4.5"),
+        ({"model": None}, "model must be a string, not None"),
+        ({"model": ""}, "model must name a model"),
         ({"kv": "reserved", "enable_prefix_caching": True}, "memory that can be shared"),
         ({"block_size": 0}, "block_size must be 1 to 256 tokens, not 0"),
         ({"block_size": 512}, "block_size must be 1 to 256 tokens, not 512"),
-        ({"quantization": "int3"}, "quantization='int3' is not known; there are 'int8', 'int4'"),
+        ({"quantization": "int3"}, "quantization must be 'int8', 'int4' or None, not 'int3'"),
         ({"quantization": "int8", "device": "cuda"}, "and device='cuda' is none; leave one of them out"),
     ],
 )
 def test_managers_and_their_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EngineConfig(model="m", **options)
+        EngineConfig(**{"model": "m", **options})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.bfloat16, "bfloat16"), ("half", "float16"), ("float", "float32")]
+)
+def test_types_by_other_names(dtype: Any, name: str) -> None:
+    assert EngineConfig(model="m", dtype=dtype).dtype == name
+
+
+def test_a_model_may_be_a_path() -> None:
+    folder: Any = Path("/models/one")
+    assert (
+        EngineConfig(model=folder, tokenizer=folder).tokenizer == EngineConfig(model=folder).model == "/models/one"
+    )
 
 
 def test_prefix_caching_with_blocks() -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 from vattention.errors import ConfigError
+from vattention.fields import FieldTypeError, fit
 
 MAX_BLOCK_SIZE = 256
+
+_DTYPES = {"half": "float16", "float": "float32"}
+"""Other names of types, as torch and vLLM have them."""
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -119,18 +123,20 @@ class EngineConfig:
         return self.kv != "reserved" if self.enable_prefix_caching is None else self.enable_prefix_caching
 
     def __post_init__(self) -> None:
+        # torch writes its types as torch.bfloat16.
+        dtype = str(self.dtype).removeprefix("torch.")
+        object.__setattr__(self, "dtype", _DTYPES.get(dtype, dtype))
+        try:
+            fit(self)
+        except FieldTypeError as error:
+            raise ConfigError(str(error)) from None
+        if not self.model:
+            raise ConfigError("model must name a model, and is empty")
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise ConfigError(f"max_model_len must be at least 1, not {self.max_model_len}")
-        hints = get_type_hints(EngineConfig)
-        for name in ("kv", "reservation"):
-            value, known = getattr(self, name), get_args(hints[name])
-            if value not in known:
-                raise ConfigError(f"{name}={value!r} is not known; there are {', '.join(map(repr, known))}")
-        if self.quantization not in (None, "int8", "int4"):
-            raise ConfigError(f"quantization={self.quantization!r} is not known; there are 'int8', 'int4' and None")
         if self.quantization is not None and self.device != "cpu":
             raise ConfigError(
                 f"quantization={self.quantization!r} is for models in processor memory, and device={self.device!r} "

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from vattention.errors import RequestError
+from vattention.fields import FieldTypeError, fit
 
 MAX_LOGPROBS = 20
 """The most alternatives per token that may be asked for, as in OpenAI's chat API."""
@@ -80,10 +81,11 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = "never"
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        object.__setattr__(self, "stop_token_ids", () if self.stop_token_ids is None else self.stop_token_ids)
+        object.__setattr__(self, "logit_bias", _by_token(self.logit_bias))
+        _fit(self)
         self._check("n", self.n >= 1, "at least 1")
         self._check("temperature", 0.0 <= self.temperature < float("inf"), "0 or more")
         self._check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
@@ -101,7 +103,7 @@ class SamplingParams:
         self._check("repetition_penalty", 0.0 < self.repetition_penalty < float("inf"), "above 0")
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"in 0 to {MAX_LOGPROBS}")
-        self._check("stop", all(isinstance(s, str) and s for s in stop), "non-empty strings")
+        self._check("stop", all(self.stop), "non-empty strings")
         self._check(
             "logit_bias",
             all(k >= 0 and -100.0 <= v <= 100.0 for k, v in self.logit_bias.items()),
@@ -119,7 +121,6 @@ class SamplingParams:
         self._check(
             "length_penalty", self.use_beam_search or self.length_penalty == 1.0, "1 without use_beam_search"
         )
-        self._check("early_stopping", self.early_stopping in (True, False, "never"), 'True, False or "never"')
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -143,6 +144,20 @@ class SamplingParams:
     def stop_strings(self) -> tuple[str, ...]:
         """`stop`, always as a tuple."""
         return tuple(self.stop)
+
+
+def _by_token(bias: Any) -> Any:
+    """A bias whose token ids may be strings, as in JSON."""
+    if not isinstance(bias, Mapping):
+        return {} if bias is None else bias
+    return {int(token) if isinstance(token, str) and token.isdecimal() else token: bias[token] for token in bias}
+
+
+def _fit(params: SamplingParams | BeamSearchParams) -> None:
+    try:
+        fit(params)
+    except FieldTypeError as error:
+        raise RequestError(str(error), param=error.field) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +184,7 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        _fit(self)
         if self.beam_width < 1:
             raise RequestError(f"beam_width must be at least 1, not {self.beam_width}", param="beam_width")
         self.sampling()

@@ -113,7 +113,7 @@ def test_a_json_lines_file_has_texts_tokens_and_parameters(tmp_path: Path) -> No
         ('{"prompt": "a", "prompt_token_ids": [1]}', "needs a text, or an object"),
         ('{"prompt": "a", "temprature": 1}', "temprature"),
         ('{"prompt": "a", "top_p": 3}', "top_p must be"),
-        ('{"prompt": "a", "n": "two"}', "not supported between"),
+        ('{"prompt": "a", "n": "two"}', "n must be an integer"),
     ],
 )
 def test_a_bad_line_is_named(line: str, reason: str, tmp_path: Path) -> None:
