@@ -108,7 +108,7 @@ def test_beams_that_die_give_back_their_memory_before_others_fork() -> None:
         engine.step()
         if not engine.has_unfinished_requests():
             break
-        group = next(iter(engine._requests.values())).beams
+        group = next(iter(engine._requests)).beams
         assert group is not None
         with_slots = [beam for beam in group.live if beam.slot is not None]
         assert engine.manager.num_free_slots == 5 - len(with_slots)
@@ -164,7 +164,7 @@ def test_groups_are_preempted_whole_and_find_the_same(pages: int, budget: int) -
     outputs: dict[str, RequestOutput] = {}
     while engine.has_unfinished_requests():
         outputs.update({output.request_id: output for output in engine.step() if output.finished})
-        for request in engine._requests.values():
+        for request in engine._requests:
             if request.beams is not None:
                 held = [beam.slot is not None for beam in request.beams.live]
                 waiting = [fork.child for fork in request.beams.forks]

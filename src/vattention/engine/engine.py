@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import torch
 
 from vattention.config import EngineConfig
 from vattention.core import Prompt
+from vattention.engine.draws import Draws, sample
 from vattention.engine.intake import Intake
 from vattention.engine.parts import Parts
 from vattention.engine.plan import Plan
 from vattention.engine.preemption import Swapper
 from vattention.engine.request import Request
+from vattention.engine.requests import Requests
 from vattention.engine.scheduler import Scheduler
 from vattention.engine.sequence import Sequence
 from vattention.engine.stats import EngineStatistics, Stats, StatsListener
@@ -29,8 +31,6 @@ from vattention.engine.suspend import Suspender
 from vattention.errors import RequestError
 from vattention.kv.manager import KVManager
 from vattention.model.predictions import Predictions
-from vattention.model.proposals import Proposals, propose
-from vattention.model.sampler import prompt_logprobs, sample
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
@@ -59,9 +59,9 @@ class LLMEngine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_logit_rows=max(1, MAX_LOGITS_NUMBERS // parts.vocab_size),
         )
-        self._requests: dict[str, Request] = {}
         self._suspender = Suspender(parts, self._intake)
         self._stats = Stats()
+        self._requests = Requests(self._scheduler, self._stats)
         self._limit_read_at = time.monotonic()
 
     @classmethod
@@ -110,9 +110,7 @@ class LLMEngine:
 
     def start(self, request: Request) -> None:
         """Queue a prepared request: its first sample, from which the others fork once the prompt is computed."""
-        self._requests[request.id] = request
-        first, *request.unforked = request.sequences
-        self._scheduler.add(first)
+        self._requests.start(request)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
         """Check, tokenize and queue a request."""
@@ -122,7 +120,7 @@ class LLMEngine:
         """Stop a request and free its memory at once. An unknown id is no error: it may just have ended."""
         request = self._requests.get(request_id)
         if request is not None:
-            self._end([s for s in request.sequences if s.finish_reason is None], "abort")
+            self._requests.end([s for s in request.sequences if s.finish_reason is None], "abort")
 
     def suspend(self, request_id: str, path: str | Path) -> None:
         """Write a running or waiting request to a file and end it here, without another output; `resume` goes on.
@@ -137,10 +135,7 @@ class LLMEngine:
         if request.beams is not None:
             raise RequestError("a beam search cannot be suspended: let it end, or abort it", param="request_id")
         self._suspender.write_request(request, path)
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                self._scheduler.remove(sequence)
-        del self._requests[request_id]
+        self._requests.forget(request)
 
     def suspend_finished(self, output: RequestOutput, path: str | Path, cache_salt: str = "") -> None:
         """Write a finished conversation to a file, with what the prefix cache still has of it.
@@ -166,16 +161,13 @@ class LLMEngine:
         if isinstance(taken, RequestOutput):
             return taken
         if any(sequence.output_token_ids for sequence in taken.sequences):
-            self._requests[taken.id] = taken
-            for sequence in taken.sequences:
-                if sequence.finish_reason is None:
-                    self._scheduler.add(sequence)
+            self._requests.go_on(taken)
         else:
             self.start(taken)
         return taken.output()
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
+        return len(self._requests) > 0
 
     def step(self) -> list[RequestOutput]:
         """Compute one forward pass and return the requests it moved on."""
@@ -187,7 +179,13 @@ class LLMEngine:
         moved = self._fail(plan)
         if plan.chunks:
             self._map_ahead(plan)
-            moved += self._compute(plan)
+            try:
+                draws = sample(plan, self._forward(plan))
+            except Exception as error:
+                logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
+                moved += self._requests.end(plan.sequences, "error", error)
+            else:
+                moved += self._advance(plan, draws)
         self._stats.step(plan, moved, started, len(self._scheduler.running), self._scheduler.num_waiting)
         return [request.output() for request in dict.fromkeys(s.request for s in moved)]
 
@@ -219,45 +217,36 @@ class LLMEngine:
                 wants.append((chunk.slot, chunk.end, chunk.end + count))
         self.manager.prefetch(wants)
 
-    def _compute(self, plan: Plan) -> list[Sequence]:
-        """Forward, sample, and give each sequence its token; returns the sequences that moved."""
-        sampling: list[Sequence] = []
-        rows: list[int] = []
-        beams: list[Sequence] = []
-        beam_rows: list[int] = []
+    def _forward(self, plan: Plan) -> Predictions:
+        """The forward pass; where the device has too little memory left for it, once more after the cache has given
+        back what it can do without: others may take memory faster than the limit follows.
+        """
         begun = time.monotonic()
         for sequence in plan.sequences:
             if sequence.request.metrics.first_scheduled_time is None:
                 sequence.request.metrics.first_scheduled_time = begun
         try:
-            predictions = self._predict(plan)
-            self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
-            end = 0
-            for chunk, sequence in zip(plan.chunks, plan.sequences, strict=True):
-                begin, end = end, end + chunk.num_logits
-                if sequence.index == 0 and sequence.request.params.prompt_logprobs is not None:
-                    self._report_prompt(
-                        sequence, chunk.end - chunk.num_logits, predictions.logits(range(begin, end))
-                    )
-                if chunk.end == sequence.num_tokens and sequence.request.beams is not None:
-                    beams.append(sequence)
-                    beam_rows.append(end - 1)
-                elif chunk.end == sequence.num_tokens:
-                    samples = [sequence, *sequence.request.unforked]
-                    sampling += samples
-                    rows += [end - 1] * len(samples)
-            chosen = sample(predictions, rows, [s.sample_row() for s in sampling])
-            proposals = self._propose(predictions, beam_rows, beams) if beams else []
-        except Exception as error:
-            logger.exception("a forward pass failed; its %d sequences end with it", len(plan.chunks))
-            return self._end(plan.sequences, "error", error)
+            predictions = self._parts.runner.predict(plan.chunks)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no memory for a forward pass; the KV cache gives warm memory back: %s", error)
+            predictions = None
+        if predictions is None:
+            # Not while the error is handled, which holds on to what the first try had computed.
+            self.manager.drop_warm()
+            self.manager.refresh_limit()
+            predictions = self._parts.runner.predict(plan.chunks)
+        self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
+        return predictions
+
+    def _advance(self, plan: Plan, draws: Draws) -> list[Sequence]:
+        """Give each sequence its token, let samples fork that waited for it; returns the sequences that moved."""
         now = time.monotonic()
         self._scheduler.advance(plan)
         for parent in plan.sequences:
             if parent.num_computed == parent.num_tokens:
                 for child in parent.request.take_unforked():
                     self._scheduler.fork(parent, child)
-        for sequence, token in zip(sampling, chosen, strict=True):
+        for sequence, token in zip(draws.sampling, draws.tokens, strict=True):
             if token.error is not None:
                 sequence.finish("error")
                 sequence.request.error = token.error
@@ -266,41 +255,21 @@ class LLMEngine:
             if metrics.first_token_time is None:
                 metrics.first_token_time = now
             sequence.append(token)
-        self._retire([s for s in sampling if s.finish_reason is not None])
-        return sampling + self._advance_beams(beams, proposals, now)
+        self._requests.retire([s for s in draws.sampling if s.finish_reason is not None])
+        return draws.sampling + self._advance_beams(draws, now)
 
-    def _predict(self, plan: Plan) -> Predictions:
-        """The forward pass; where the device has too little memory left for it, once more after the cache has given
-        back what it can do without: others may take memory faster than the limit follows.
-        """
-        try:
-            return self._parts.runner.predict(plan.chunks)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory for a forward pass; the KV cache gives warm memory back: %s", error)
-        # Not while the error is handled, which holds on to what the first try had computed.
-        self.manager.drop_warm()
-        self.manager.refresh_limit()
-        return self._parts.runner.predict(plan.chunks)
-
-    def _propose(self, predictions: Predictions, rows: list[int], beams: list[Sequence]) -> list[Proposals]:
-        return propose(
-            predictions.logits(rows),
-            [beam.sample_row() for beam in beams],
-            [beam.request.beams.num_proposals for beam in beams if beam.request.beams is not None],
-        )
-
-    def _advance_beams(self, beams: list[Sequence], proposals: list[Proposals], now: float) -> list[Sequence]:
+    def _advance_beams(self, draws: Draws, now: float) -> list[Sequence]:
         """Let searches whose beams have all proposed go on; returns the beams that moved.
 
         Beams that die give back their slots here; the next step's forks, which need some, come after.
         """
         moved: list[Sequence] = []
-        for beam, own in zip(beams, proposals, strict=True):
+        for beam, own in zip(draws.beams, draws.proposals, strict=True):
             request = beam.request
             if request.finished or request.beams is None:
                 continue
             if own.error is not None:
-                moved += self._end([beam], "error", own.error)
+                moved += self._requests.end([beam], "error", own.error)
                 continue
             request.beams.offer(beam, own)
             if not request.beams.ready:
@@ -312,49 +281,13 @@ class LLMEngine:
                 self._scheduler.hand_over(branch.parent, branch.child)
                 del dead[branch.parent]
             request.sequences = request.beams.sequences
-            self._retire(dead)
+            self._requests.retire(dead)
             moved += request.beams.live or request.sequences
         return moved
 
-    def _report_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
-        """Row i of `logits` foretells the prompt's token start + i + 1."""
-        request, text = sequence.request, sequence.text
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None]
-        known = len(request.prompt_logprobs)
-        tokens = request.prompt_token_ids[known : start + len(logits) + 1]
-        if tokens:
-            first = known - 1 - start
-            report = prompt_logprobs(
-                logits[first : first + len(tokens)], tokens, request.params.prompt_logprobs or 0
-            )
-            request.prompt_logprobs.extend(text.spell_out(entry) if text is not None else entry for entry in report)
-
     def _fail(self, plan: Plan) -> list[Sequence]:
         for sequence, error in plan.failed:
-            self._end([sequence], "error", error)
+            self._requests.end([sequence], "error", error)
         for sequence in plan.preempted:
             sequence.request.metrics.num_preemptions += 1
         return [sequence for sequence, _ in plan.failed]
-
-    def _end(self, sequences: list[Sequence], reason: str, error: Exception | None = None) -> list[Sequence]:
-        """Finish sequences before their time, and with them those that cannot go on without: samples that were to
-        fork from them, the other beams of a search.
-        """
-        others = (other for sequence in sequences for other in sequence.request.take_dependants())
-        sequences = list(dict.fromkeys([*sequences, *others]))
-        for sequence in sequences:
-            sequence.finish(reason)
-            if error is not None:
-                sequence.request.error = error
-        self._retire(sequences)
-        return sequences
-
-    def _retire(self, sequences: Iterable[Sequence]) -> None:
-        """Release finished sequences, and requests with the last of their sequences."""
-        for sequence in sequences:
-            self._scheduler.remove(sequence)
-            request = sequence.request
-            if request.finished and self._requests.pop(request.id, None) is not None:
-                request.metrics.finished_time = time.monotonic()
-                self._stats.finished(request)
