@@ -27,6 +27,8 @@ from vattention.memory.region import Region
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
+OWN = libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_FIXED
+
 
 def kernel_mappings(name: str = "vattention") -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"memfd:{name}" in line]
@@ -183,6 +185,32 @@ def test_a_forked_child_does_not_have_the_memory(bench: Bench) -> None:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGSEGV
+    assert bench.read(at(0, 1, 9)) == [3, 4, 3]
+
+
+def test_what_a_forked_child_gives_back_stays_where_it_is(bench: Bench) -> None:
+    bench.region.commit(at(0, 1))
+    bench.region.alias(at(9), bench.region.pages(at(0)))
+    bench.write(at(0, 1), [3, 4])
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with pytest.raises(DriverError, match=r"was forked; .*'spawn'"):
+                bench.region.commit(at(2))
+            with pytest.raises(DriverError, match="was forked"):
+                bench.driver.reserve(PAGE)
+            # Something of the child's own where the range was.
+            libc.mmap(bench.region.address, PAGE, libc.PROT_READ_WRITE, OWN, -1, 0)
+            bench.region.unmap(at(1, 9))
+            bench.region.close()
+            bench.driver.close()
+            libc.bytes_at(bench.region.address, 1)[0] = 99
+            code = 0
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
     assert bench.read(at(0, 1, 9)) == [3, 4, 3]
 
 

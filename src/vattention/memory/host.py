@@ -5,6 +5,9 @@ home is mapped there already, so committing is one call (`MADV_POPULATE_WRITE`),
 and a range of any number of slots is a single kernel mapping. Only sharing maps anything: a page of the file at an
 address that is not its home, an *alias*. Kernel mappings are scarce (`vm.max_map_count`; at the limit even starting
 a thread fails), so they are counted, and `map` refuses before they run out.
+
+A forked process has the file, but not the ranges. There whatever gives memory back leaves the file and the addresses
+alone, and whatever asks for memory is refused.
 """
 
 from __future__ import annotations
@@ -73,11 +76,12 @@ class HostDriver:
         self._free_overflow: list[int] = []
         self._num_overflow = 0
         self._num_mappings = 0
+        self._process = os.getpid()
         self._ranges: dict[int, int] = {}
         self._first_pages: dict[int, int] = {}
         self._starts = np.empty(0, np.int64)
         self._homes = np.empty(0, np.int64)
-        self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges)
+        self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges, self._process)
         # At exit the system takes everything back by itself, while other threads may still be using it.
         self._give_back.atexit = False
 
@@ -100,6 +104,7 @@ class HostDriver:
     def reserve(self, nbytes: int) -> int:
         if nbytes <= 0 or nbytes % self._page_nbytes:
             raise DriverError("reserve", errno.EINVAL, f"{nbytes} bytes are no multiple of {self._page_nbytes}")
+        self._check_process("reserve")
         slack = self._page_nbytes - self._capabilities.granularity
         first = self._file_pages
         with ExitStack() as undo:
@@ -131,7 +136,7 @@ class HostDriver:
         if address not in self._ranges:
             raise DriverError("free", errno.EINVAL, f"no range begins at {address:#x}")
         try:
-            libc.munmap(address, self._ranges[address])
+            _munmap(address, self._ranges[address], self._process)
         except OSError as error:
             raise refusal("munmap", error, self._ranges[address]) from error
         del self._ranges[address], self._first_pages[address]
@@ -139,6 +144,7 @@ class HostDriver:
         self._index_ranges()
 
     def create(self, addresses: IntArray) -> IntArray:
+        self._check_process("create")
         handles = self._home(addresses)
         # A page may outlive its mapping at home, behind other addresses.
         taken = self._state.values[handles] != 0
@@ -148,12 +154,14 @@ class HostDriver:
         return handles
 
     def map(self, addresses: IntArray, handles: IntArray) -> None:
+        self._check_process("map")
         shifts = handles - self._home(addresses)
         away = shifts != 0
         if np.count_nonzero(away):
             self._remap(addresses[away], shifts[away])
 
     def set_access(self, addresses: IntArray) -> None:
+        self._check_process("set_access")
         homes = self._home(addresses)
         pages = homes + self._shift.values[homes]
         commit = self._populate if self._populates else self._touch
@@ -186,6 +194,15 @@ class HostDriver:
 
     def close(self) -> None:
         self._give_back()
+
+    def _check_process(self, operation: str) -> None:
+        if os.getpid() != self._process:
+            raise DriverError(
+                operation,
+                errno.EPERM,
+                f"the memory is that of process {self._process}, from which this one was forked; make the cache in the "
+                "process that uses it, or start processes with the method 'spawn'",
+            )
 
     def _home(self, addresses: IntArray) -> IntArray:
         """The pages of the file that belong to the addresses."""
@@ -250,6 +267,8 @@ class HostDriver:
             self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
 
     def _map_file(self, address: int, page: int, count: int) -> None:
+        if os.getpid() != self._process:
+            return
         nbytes = count * self._page_nbytes
         libc.mmap(
             address,
@@ -294,6 +313,8 @@ class HostDriver:
         libc.touch(address, len(pages) * self._page_nbytes, self._capabilities.granularity)
 
     def _punch(self, pages: IntArray) -> None:
+        if os.getpid() != self._process:
+            return
         for start, count in runs(pages, 1):
             offset, nbytes = int(pages[start]) * self._page_nbytes, count * self._page_nbytes
             try:
@@ -302,8 +323,14 @@ class HostDriver:
                 raise refusal("fallocate", error, nbytes) from error
 
 
-def _give_back(fd: int, ranges: dict[int, int]) -> None:
+def _give_back(fd: int, ranges: dict[int, int], process: int) -> None:
     for address, nbytes in ranges.items():
-        libc.munmap(address, nbytes)
+        _munmap(address, nbytes, process)
     ranges.clear()
     os.close(fd)
+
+
+def _munmap(address: int, nbytes: int, process: int) -> None:
+    """Unmap a range of a process; in one forked from it something else may be there."""
+    if os.getpid() == process:
+        libc.munmap(address, nbytes)
