@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "vattention"
 
-LEAVES = frozenset({"config", "core", "errors", "fields", "garbage", "outputs", "sampling_params"})
+LEAVES = frozenset({"config", "core", "errors", "fields", "garbage", "interrupts", "outputs", "sampling_params"})
 
 ARROWS = {
     **dict.fromkeys(LEAVES, frozenset[str]()),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import pickle
+import signal
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +18,7 @@ import torch
 
 from tests.model.tiny import tiny_folder
 from vattention import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
-from vattention.errors import ConfigError, ContextLengthError, RequestError
+from vattention.errors import ConfigError, ContextLengthError, EngineStoppedError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -156,6 +161,75 @@ def test_the_last_reference_takes_the_memory_with_it(folder: Path) -> None:
     del llm
     gc.collect()
     assert maps.read_text().count("memfd:vattention") == before - 1
+
+
+def test_calls_from_several_threads_take_turns(llm: LLM) -> None:
+    prompts = ["hello", "the lazy dog", "x", "naïve"]
+    expected = [output.outputs for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    found: dict[int, Any] = {}
+
+    def call(index: int) -> None:
+        found[index] = [llm.generate(prompts[index], GREEDY, use_tqdm=False)[0].outputs for _ in range(4)]
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {index: [outputs] * 4 for index, outputs in enumerate(expected)}
+
+
+def test_ctrl_c_waits_for_the_step_and_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, whole = llm.engine.step, []
+
+    def interrupted() -> list[RequestOutput]:
+        os.kill(os.getpid(), signal.SIGINT)
+        whole.append(step())
+        return whole[-1]
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["hello"] * 9, GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert len(whole) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    now = llm.engine.statistics()
+    assert now.num_running == now.num_waiting == now.accounts.live_nbytes == 0
+    assert len(llm.generate("hello", GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 6
+
+
+def test_a_forked_process_is_told_to_load_its_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = llm.generate("hello", GREEDY, use_tqdm=False)
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: 1)
+        with pytest.raises(EngineStoppedError, match=r"was forked; .*'spawn'"):
+            llm.generate("hello", GREEDY, use_tqdm=False)
+        llm.engine.close()
+    assert [output.outputs for output in llm.generate("hello", GREEDY, use_tqdm=False)] == [
+        output.outputs for output in expected
+    ]
+
+
+def test_nothing_works_after_the_end(folder: Path, tmp_path: Path) -> None:
+    llm = LLM(str(folder), kv_memory="64MiB")
+    (output,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    llm.close()
+    llm.close()
+    for use in (
+        lambda: llm.generate("hello", GREEDY, use_tqdm=False),
+        lambda: llm.suspend(output, tmp_path / "file"),
+        lambda: llm.resume(tmp_path / "file"),
+    ):
+        with pytest.raises(EngineStoppedError, match="has been closed"):
+            use()
+
+
+def test_an_llm_cannot_be_copied(llm: LLM) -> None:
+    uses: tuple[Callable[[LLM], object], ...] = (pickle.dumps, copy.deepcopy)
+    for use in uses:
+        with pytest.raises(TypeError, match="load the model in each process"):
+            use(llm)
 
 
 def test_a_former_model_goes_before_the_next_one_comes(folder: Path) -> None:

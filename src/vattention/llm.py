@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +18,7 @@ from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
 from vattention.errors import ConfigError, RequestError
 from vattention.garbage import loading
+from vattention.interrupts import held_interrupts
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from vattention.sampling_params import BeamSearchParams, SamplingParams
@@ -25,7 +27,8 @@ _OPTIONS = {field.name for field in dataclasses.fields(EngineConfig)}
 
 
 class LLM:
-    """A model ready to generate.
+    """A model ready to generate. Calls from several threads take turns; a call that Ctrl-C ends leaves it ready for
+    the next one.
 
     >>> from vattention import LLM, SamplingParams
     >>> llm = LLM("demo")
@@ -49,6 +52,7 @@ class LLM:
         with loading():
             self.engine = LLMEngine.from_config(EngineConfig(model=model, tokenizer=tokenizer, **options))
         self._ids = itertools.count()
+        self._turn = threading.RLock()
         # The model and the mapper's thread hold on to the cache: without this it would outlive the last reference.
         self._close = weakref.finalize(self, self.engine.close)
 
@@ -105,9 +109,10 @@ class LLM:
             self.engine.prepare(str(next(self._ids)), prompt, own, rank)
             for prompt, own, rank in zip(many, params, priorities, strict=True)
         ]
-        for request in requests:
-            self.engine.start(request)
-        return self._finish([request.id for request in requests], use_tqdm)
+        with self._turn, held_interrupts() as let_through:
+            for request in requests:
+                self.engine.start(request)
+            return self._finish([request.id for request in requests], use_tqdm, let_through)
 
     def chat(
         self,
@@ -190,10 +195,11 @@ class LLM:
             RequestError: no such request runs.
             OSError, DriverError: the file cannot be written; nothing has changed.
         """
-        if isinstance(conversation, str):
-            self.engine.suspend(conversation, path)
-        else:
-            self.engine.suspend_finished(conversation, path, cache_salt)
+        with self._turn:
+            if isinstance(conversation, str):
+                self.engine.suspend(conversation, path)
+            else:
+                self.engine.suspend_finished(conversation, path, cache_salt)
 
     def resume(self, path: str | Path, *, use_tqdm: bool = True) -> RequestOutput:
         """Take in a file that `suspend` wrote.
@@ -207,10 +213,13 @@ class LLM:
             RequestError: the file is damaged, of another model, or too long for this one's context.
             OSError: it cannot be read.
         """
-        output = self.engine.resume(path, str(next(self._ids)))
-        return output if output.finished else self._finish([output.request_id], use_tqdm)[0]
+        with self._turn, held_interrupts() as let_through:
+            output = self.engine.resume(path, str(next(self._ids)))
+            return output if output.finished else self._finish([output.request_id], use_tqdm, let_through)[0]
 
-    def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _finish(
+        self, request_ids: Sequence[str], use_tqdm: bool, between_steps: Callable[[], None]
+    ) -> list[RequestOutput]:
         """Run started requests to their ends."""
         outputs: dict[str, RequestOutput] = {}
         try:
@@ -220,6 +229,7 @@ class LLM:
                         if output.finished:
                             outputs[output.request_id] = output
                             bar.update()
+                    between_steps()
         finally:
             for request_id in request_ids:
                 self.engine.abort(request_id)
@@ -227,7 +237,11 @@ class LLM:
 
     def close(self) -> None:
         """Give all memory back, as happens by itself with the last reference; nothing works afterwards."""
-        self._close()
+        with self._turn:
+            self._close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an LLM cannot be pickled or copied: load the model in each process that uses it")
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:

@@ -198,3 +198,16 @@ async def test_an_idle_engine_keeps_no_memory_that_others_need(monkeypatch: pyte
         await until(lambda: engine.statistics().accounts.mapped_nbytes == 0)
     finally:
         engine.shutdown()
+
+
+async def test_in_a_forked_process_nothing_waits_for_a_thread_that_is_not_there(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as forked:
+        forked.setattr(engine._thread, "is_alive", lambda: False)
+        assert not engine.healthy
+        with pytest.raises(EngineStoppedError, match="'spawn'"):
+            engine.submit(tokens(5), greedy(2))
+        with pytest.raises(EngineStoppedError):
+            await engine.suspend("any", "file")
+    assert engine.healthy

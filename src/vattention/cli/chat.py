@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from vattention.cli.files import read_text
@@ -17,6 +12,7 @@ from vattention.cli.options import Options, OptionsOf, takes
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError, RequestError
 from vattention.garbage import staying
+from vattention.interrupts import held_interrupts
 from vattention.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -108,7 +104,7 @@ def reply(
     prompt = engine.tokenizer.apply_chat_template(messages, template=template, add_generation_prompt=True)
     engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
     text = ""
-    with interrupts() as stop:
+    with held_interrupts() as let_through:
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.error is not None:
@@ -116,23 +112,10 @@ def reply(
                 news = output.outputs[0].text[len(text) :]
                 text += news
                 print(news, end="", flush=True)
-            if stop.is_set():
+            try:
+                let_through()
+            except KeyboardInterrupt:
                 engine.abort(request_id)
                 break
     print()
     return text
-
-
-@contextmanager
-def interrupts() -> Iterator[Event]:
-    """An event that Ctrl-C sets: an exception in the middle of a step would leave the engine half-way."""
-    stop = Event()
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        stop.set()
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -86,7 +86,7 @@ class AsyncEngine:
     @property
     def healthy(self) -> bool:
         """Whether requests are served; False once the engine drains, stops or has died."""
-        return not self._refusing and self._failure is None
+        return not self._refusing and self._failure is None and self._thread.is_alive()
 
     def add_listener(self, listener: StatsListener) -> None:
         self._engine.add_listener(listener)
@@ -219,7 +219,7 @@ class AsyncEngine:
         """Have the engine's thread do something, and wait for what comes of it."""
         promise: Future[Result] = Future()
         with self._wake:
-            if self._stopping or self._failure is not None:
+            if self._stopping or self._failure is not None or not self._thread.is_alive():
                 raise self._stopped()
             self._give(Order(work, promise))
         return await asyncio.wrap_future(promise)
@@ -247,6 +247,11 @@ class AsyncEngine:
             raise self._stopped()
         if self._refusing:
             raise EngineStoppedError("the engine is shutting down and takes no more requests")
+        if not self._thread.is_alive():
+            raise EngineStoppedError(
+                "the engine runs in the process that this one was forked from; load the model in the process that "
+                "uses it, or start processes with the method 'spawn'"
+            )
 
     def _run(self) -> None:
         try:

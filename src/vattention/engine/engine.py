@@ -8,6 +8,7 @@ A step::
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ from vattention.engine.scheduler import Scheduler
 from vattention.engine.sequence import Sequence
 from vattention.engine.stats import EngineStatistics, Stats, StatsListener
 from vattention.engine.suspend import Suspender
-from vattention.errors import RequestError
+from vattention.errors import EngineStoppedError, RequestError
 from vattention.kv.manager import KVManager
 from vattention.model.predictions import Predictions
 from vattention.model.tokenizer import Tokenizer
@@ -63,6 +64,8 @@ class LLMEngine:
         self._stats = Stats()
         self._requests = Requests(self._scheduler, self._stats)
         self._limit_read_at = time.monotonic()
+        self._process = os.getpid()
+        self._closed = False
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLMEngine:
@@ -110,6 +113,7 @@ class LLMEngine:
 
     def start(self, request: Request) -> None:
         """Queue a prepared request: its first sample, from which the others fork once the prompt is computed."""
+        self._check_open()
         self._requests.start(request)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> None:
@@ -129,6 +133,7 @@ class LLMEngine:
             RequestError: no such request runs, or it is a beam search.
             OSError, DriverError: the file cannot be written; the request runs on.
         """
+        self._check_open()
         request = self._requests.get(request_id)
         if request is None:
             raise RequestError(f"no request {request_id!r} is running", param="request_id")
@@ -144,6 +149,7 @@ class LLMEngine:
             OSError, DriverError: the file cannot be written.
             OutOfMemoryError: no slot is free to look into the cache.
         """
+        self._check_open()
         self._suspender.write_output(output, cache_salt, path)
 
     def resume(self, path: str | Path, request_id: str, priority: int = 0) -> RequestOutput:
@@ -157,6 +163,7 @@ class LLMEngine:
             RequestError: it is damaged, of another model, or does not fit this engine's context.
             OutOfMemoryError: no slot or no memory is free for what goes into the prefix cache.
         """
+        self._check_open()
         taken = self._suspender.read(path, request_id, priority)
         if isinstance(taken, RequestOutput):
             return taken
@@ -171,6 +178,7 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one forward pass and return the requests it moved on."""
+        self._check_open()
         started = time.monotonic()
         if started - self._limit_read_at >= LIMIT_REFRESH_S:
             self._limit_read_at = started
@@ -202,10 +210,24 @@ class LLMEngine:
         )
 
     def close(self) -> None:
-        """Give all memory back; the engine cannot be used any more."""
+        """Give all memory back; the engine cannot be used any more. In a forked process there is none to give back:
+        it is of the one that made the engine.
+        """
+        if self._closed or os.getpid() != self._process:
+            return
+        self._closed = True
         self._parts.runner.close()
         self._swapper.close()
         self.manager.close()
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise EngineStoppedError(
+                f"this engine's memory is that of process {self._process}, from which this one was forked; load the "
+                "model in the process that uses it, or start processes with the method 'spawn'"
+            )
+        if self._closed:
+            raise EngineStoppedError("this engine has been closed; make a new one")
 
     def _map_ahead(self, plan: Plan) -> None:
         """Let the mapper provide for the step after this one: a token, or a prompt's next chunk, per sequence."""
