@@ -11,8 +11,8 @@ from types import FrameType
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
-    """Inside the block SIGINT waits until the function that it yields is called, or the block ends. A second one that
-    comes while the first waits does not.
+    """Inside the block SIGINT waits until the function that it yields is called, or the block ends. A second one
+    that comes while the first waits does not.
 
     An exception in the middle of a step would leave the engine half-way. On other threads than the main one, which
     no signal interrupts, nothing is held.

@@ -223,8 +223,8 @@ class LLMEngine:
     def _check_open(self) -> None:
         if os.getpid() != self._process:
             raise EngineStoppedError(
-                f"this engine's memory is that of process {self._process}, from which this one was forked; load the "
-                "model in the process that uses it, or start processes with the method 'spawn'"
+                f"this engine's memory is that of process {self._process}, from which this one was forked; load "
+                "the model in the process that uses it, or start processes with the method 'spawn'"
             )
         if self._closed:
             raise EngineStoppedError("this engine has been closed; make a new one")

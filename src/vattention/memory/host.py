@@ -6,8 +6,8 @@ and a range of any number of slots is a single kernel mapping. Only sharing maps
 address that is not its home, an *alias*. Kernel mappings are scarce (`vm.max_map_count`; at the limit even starting
 a thread fails), so they are counted, and `map` refuses before they run out.
 
-A forked process has the file, but not the ranges. There whatever gives memory back leaves the file and the addresses
-alone, and whatever asks for memory is refused.
+A forked process has the file, but not the ranges. There whatever gives memory back leaves the file and the
+addresses alone, and whatever asks for memory is refused.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ class HostDriver:
             raise DriverError(
                 operation,
                 errno.EPERM,
-                f"the memory is that of process {self._process}, from which this one was forked; make the cache in the "
-                "process that uses it, or start processes with the method 'spawn'",
+                f"the memory is that of process {self._process}, from which this one was forked; make the cache in "
+                "the process that uses it, or start processes with the method 'spawn'",
             )
 
     def _home(self, addresses: IntArray) -> IntArray:
