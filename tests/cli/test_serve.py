@@ -85,3 +85,8 @@ def test_origins_one_by_one_or_as_vllm_takes_them(
     monkeypatch.setattr("vattention.server.serve", serve)
     assert main(["serve", "tiny", "--port", "0", "--served-model-name", "tiny", *arguments]) == 0
     assert given["allowed_origins"] == origins
+
+
+def test_an_unknown_tool_call_parser_is_known_before_the_model_loads(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "/no/such/model", "--port", "0", "--tool-call-parser", "morse"]) == USER_ERROR
+    assert "'morse'; --tool-call-parser takes hermes, llama3_json, mistral" in capsys.readouterr().err

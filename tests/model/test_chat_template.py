@@ -46,6 +46,25 @@ def test_a_template_given_goes_first() -> None:
     assert tiny_tokenizer().chat_stop_strings("{{ messages[0].content }}") == ()
 
 
+def test_which_template_is_used() -> None:
+    of_its_own = tiny_tokenizer(chat_template={"default": TEMPLATE, "tool_use": "{{ tools }}"})
+    assert of_its_own.chat_template_source() == TEMPLATE
+    assert of_its_own.chat_template_source(with_tools=True) == "{{ tools }}"
+    assert of_its_own.chat_template_source("{{ x }}", with_tools=True) == "{{ x }}"
+    assert tiny_tokenizer(chat_template=TEMPLATE).chat_template_source(with_tools=True) == TEMPLATE
+    assert "message.role" in tiny_tokenizer().chat_template_source()
+    with pytest.raises(RequestError, match="no default"):
+        tiny_tokenizer(chat_template={"rag": TEMPLATE}).chat_template_source()
+
+
+def test_messages_too_deep_to_render_are_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(2000):
+        deep = {"a": deep}
+    with pytest.raises(RequestError, match="refused"):
+        rendered(HELLO, mood=deep)
+
+
 def test_the_plain_template_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = tiny_tokenizer()
     assert not tokenizer.has_chat_template

@@ -53,6 +53,7 @@ class ByteTokenizer:
         template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:
         if any(message["content"] == "refuse me" for message in messages):
@@ -64,6 +65,9 @@ class ByteTokenizer:
             text += "assistant: "
         text = f"{template or ''}{text}{''.join(f'{k}={v};' for k, v in variables.items())}"
         return [BOS, *text.encode()]
+
+    def chat_template_source(self, template: str | None = None, *, with_tools: bool = False) -> str:
+        return template or "{{ messages }}"
 
     def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]:
         return () if template else ("\nuser:",)
@@ -120,7 +124,8 @@ class FakeStream:
 
     def sample(self, index: int, wanted: list[int], done: int, error: Exception | None) -> CompletionOutput:
         tokens = wanted[:done]
-        text = ByteTokenizer().decode(tokens, self.params.skip_special_tokens).rstrip("\ufffd")
+        tokenizer = self.engine.tokenizer or ByteTokenizer()
+        text = tokenizer.decode(tokens, self.params.skip_special_tokens).rstrip("\ufffd")
         reason: str | None = None
         stop_reason: str | int | None = None
         for stop in self.params.stop_strings:

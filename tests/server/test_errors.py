@@ -100,7 +100,7 @@ def test_refusals_of_completions(server: Live, more: dict[str, Any], param: str)
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"functions": [{}]}, "functions"),
         ({"audio": {}}, "audio"),
@@ -117,7 +117,7 @@ def test_refusals_of_completions(server: Live, more: dict[str, Any], param: str)
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "function_call": {}}]}, "function_call"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0].content[0].type",

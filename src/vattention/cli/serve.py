@@ -34,6 +34,7 @@ def serve(
     api_key: Annotated[str | None, Parameter(env_var="VATTENTION_API_KEY")] = None,
     served_model_name: str | None = None,
     chat_template: Path | None = None,
+    tool_call_parser: str | None = None,
     allowed_origins: Origins = ("*",),
     log_level: LogLevel = "info",
     engine: Options,
@@ -47,6 +48,8 @@ def serve(
         api_key: key that every request must bring; better in the environment, where other users do not see it.
         served_model_name: what clients call the model; by default MODEL.
         chat_template: a file with a Jinja chat template to use instead of the model's own.
+        tool_call_parser: how the model writes calls of functions: hermes (also Qwen), llama3_json or mistral; by
+            default what its chat template shows.
         allowed_origins: whose web pages may use the server from a browser, such as https://example.org, or * for
             all; once for each, or all as a JSON list.
         log_level: least important messages to log.
@@ -56,8 +59,9 @@ def serve(
     config = EngineConfig(model=model, **engine)
 
     with staying():
-        from vattention.server import bind
+        from vattention.server import bind, call_format_named
 
+        call_format = None if tool_call_parser is None else call_format_named(tool_call_parser)
         listener = bind(host, port)
         try:
             from vattention.engine.async_engine import AsyncEngine
@@ -74,6 +78,7 @@ def serve(
         served_model_name=name,
         api_key=api_key,
         chat_template=template,
+        call_format=call_format,
         allowed_origins=allowed_origins,
         on_ready=lambda url: print(welcome(served, url, name, api_key), flush=True),
     )

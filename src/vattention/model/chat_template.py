@@ -69,9 +69,18 @@ class ChatTemplate:
                 tokenize=False,
                 **variables,
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except (TemplateError, ValueError, TypeError, RecursionError) as error:
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from error
         return str(text)
+
+    def source(self, template: str | None, *, with_tools: bool) -> str:
+        """The Jinja text that conversations go through; see `Tokenizer.chat_template_source`."""
+        if template is None and not self.is_models_own:
+            return PLAIN
+        try:
+            return str(self._tokenizer.get_chat_template(template, tools=[] if with_tools else None))
+        except ValueError as error:
+            raise RequestError(f"this model has no chat template to use: {error}", param="messages") from error
 
     def stop_strings(self, template: str | None) -> tuple[str, ...]:
         return () if template is not None or self.is_models_own else PLAIN_STOPS

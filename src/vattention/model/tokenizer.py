@@ -97,6 +97,14 @@ class Tokenizer:
         )
         return self.encode(text, add_special_tokens=False)
 
+    def chat_template_source(self, template: str | None = None, *, with_tools: bool = False) -> str:
+        """The Jinja template that `apply_chat_template` uses: models may bring one of their own for tools.
+
+        Raises:
+            RequestError: the model brings several, and none of them is for this.
+        """
+        return self._chat.source(template, with_tools=with_tools)
+
     def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]:
         """Strings that end the assistant's turn where no end token does: those of the built-in template."""
         return self._chat.stop_strings(template)

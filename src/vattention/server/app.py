@@ -21,6 +21,7 @@ from vattention.server.body_limit import LimitBody, max_body_nbytes
 from vattention.server.engine import ServedEngine
 from vattention.server.metrics import EngineMetrics
 from vattention.server.service import Service
+from vattention.server.tools import CallFormat
 
 PAGE_POLICY = (
     "default-src 'none'; connect-src 'self'; img-src data:; "
@@ -37,6 +38,7 @@ def create_app(
     served_model_name: str | None = None,
     api_key: str | None = None,
     chat_template: str | None = None,
+    call_format: CallFormat | None = None,
     allowed_origins: Sequence[str] = ALL_ORIGINS,
 ) -> FastAPI:
     """The HTTP API of an engine.
@@ -46,11 +48,12 @@ def create_app(
         served_model_name: what clients call the model; by default the engine's name for it.
         api_key: required of every request but `/`, `/health` and `/metrics`, where given.
         chat_template: a Jinja template in place of the model's own.
+        call_format: how the model writes calls of functions, in place of what its chat template shows.
         allowed_origins: those whose web pages may use the server from a browser, such as "https://example.org";
             "*" for all.
     """
     worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vattention-tokenizer")
-    service = Service(engine, served_model_name or engine.model_name, chat_template, worker)
+    service = Service(engine, served_model_name or engine.model_name, chat_template, call_format, worker)
     metrics = EngineMetrics(engine, service.model_name)
 
     @asynccontextmanager

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from vattention.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from vattention.sampling_params import SamplingParams
 from vattention.server.generation import Cursor, SampleDelta, finish_reason, outputs_of, usage
 from vattention.server.hangup import until_hangup
 from vattention.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
@@ -23,6 +24,7 @@ from vattention.server.protocol_chat import (
     ChatCompletionRequest,
     ChatLogprobs,
 )
+from vattention.server.replies import PlainText, ReplyText, TextWithCalls
 from vattention.server.service import Service, response_id
 from vattention.server.sse import Events, EventStream
 
@@ -50,6 +52,7 @@ class _Reply:
         self._id = response_id("chatcmpl", body)
         self._created = int(time.time())
         self._names = TokenNames(service.engine.tokenizer, body.return_tokens_as_token_ids)
+        self._texts: list[ReplyText] = [PlainText() for _ in range(body.n)]
 
     async def response(self) -> ChatCompletion:
         async with await self._outputs() as outputs:
@@ -81,9 +84,8 @@ class _Reply:
                 for sample, cursor in zip(output.outputs, cursors, strict=True):
                     if cursor.finished:
                         continue
-                    delta = cursor.advance(sample)
-                    if delta.text or delta.finish_reason or (delta.token_ids and self._wants_tokens):
-                        yield self._chunk([self._chunk_choice(sample.index, delta)], output)
+                    for choice in self._chunk_choices(sample.index, cursor.advance(sample)):
+                        yield self._chunk([choice], output)
         if latest is not None and self._body.reports_usage:
             last = self._chunk([], latest)
             last["usage"] = usage([latest])
@@ -100,8 +102,20 @@ class _Reply:
         )
         token_ids = await service.render(body)
         params = replace(params, stop=(*params.stop_strings, *service.chat_stop_strings()))
+        if body.shown_tools:
+            params = self._expect_calls(params)
         service.check_context(token_ids, body.token_limit, body.token_limit_param)
         return outputs_of(service.engine, [token_ids], params, priority=body.priority, cache_salt=body.cache_salt)
+
+    def _expect_calls(self, params: SamplingParams) -> SamplingParams:
+        """Look out for calls in all texts, and let them keep what marks one."""
+        call_format = self._service.call_format()
+        known = frozenset(tool.function.name for tool in self._body.tools)
+        only_one = not self._body.parallel_tool_calls
+        self._texts = [TextWithCalls(call_format, known, only_one=only_one) for _ in range(self._body.n)]
+        if any(map(self._service.hides, call_format.markers)):
+            return replace(params, skip_special_tokens=False)
+        return params
 
     @property
     def _wants_tokens(self) -> bool:
@@ -114,17 +128,21 @@ class _Reply:
         return last.text if self._body.echo and last.role == self._body.reply_role else ""
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
+        text = self._texts[sample.index]
+        content, calls = text.message(sample.text)
         choice: ChatChoice = {
             "index": sample.index,
             "message": {
                 "role": self._body.reply_role,
-                "content": self._echoed + sample.text,
+                "content": self._echoed + (content or "") if self._echoed else content,
                 "refusal": None,
             },
             "logprobs": self._logprobs(sample.token_ids, sample.logprobs),
-            "finish_reason": finish_reason(sample),
+            "finish_reason": text.finish_reason(finish_reason(sample)),
             "stop_reason": sample.stop_reason,
         }
+        if calls:
+            choice["message"]["tool_calls"] = calls
         if self._body.return_token_ids:
             choice["token_ids"] = sample.token_ids
         return choice
@@ -145,18 +163,23 @@ class _Reply:
             chunks.append(chunk)
         return chunks
 
-    def _chunk_choice(self, index: int, delta: SampleDelta) -> ChatChunkChoice:
-        choice: ChatChunkChoice = {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
-            "finish_reason": delta.finish_reason,
-        }
-        if delta.finish_reason is not None:
-            choice["stop_reason"] = delta.stop_reason
-        if self._body.return_token_ids:
-            choice["token_ids"] = delta.token_ids
-        return choice
+    def _chunk_choices(self, index: int, news: SampleDelta) -> list[ChatChunkChoice]:
+        """What is new of one sample, in one choice for each part; nothing where there is nothing to tell."""
+        text = self._texts[index]
+        deltas = text.deltas(news.text, finished=news.finish_reason is not None)
+        if not deltas and (news.finish_reason or (news.token_ids and self._wants_tokens)):
+            deltas = [{}]
+        choices: list[ChatChunkChoice] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
+        if choices:
+            choices[0]["logprobs"] = self._logprobs(news.token_ids, news.logprobs)
+            choices[-1]["finish_reason"] = text.finish_reason(news.finish_reason)
+            if news.finish_reason is not None:
+                choices[-1]["stop_reason"] = news.stop_reason
+            if self._body.return_token_ids:
+                choices[0]["token_ids"] = news.token_ids
+        return choices
 
     def _logprobs(self, token_ids: list[int], entries: list[TokenLogprobs] | None) -> ChatLogprobs | None:
         if entries is None or not self._body.logprobs:

@@ -43,8 +43,11 @@ class TextTokenizer(Protocol):
         template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]: ...
+
+    def chat_template_source(self, template: str | None = None, *, with_tools: bool = False) -> str: ...
 
     def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]: ...
 

@@ -15,6 +15,7 @@ import uvicorn
 from vattention.errors import ConfigError
 from vattention.server.app import ALL_ORIGINS, create_app
 from vattention.server.engine import ServedEngine
+from vattention.server.tools import CallFormat
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def serve(
     served_model_name: str | None = None,
     api_key: str | None = None,
     chat_template: str | None = None,
+    call_format: CallFormat | None = None,
     allowed_origins: Sequence[str] = ALL_ORIGINS,
     drain_timeout_s: float = 30.0,
     on_ready: Callable[[str], None] | None = None,
@@ -78,7 +80,7 @@ def serve(
 
     Args:
         listener: from `bind`; closed at the end.
-        served_model_name, api_key, chat_template, allowed_origins: as for `create_app`.
+        served_model_name, api_key, chat_template, call_format, allowed_origins: as for `create_app`.
         on_ready: called with the server's URL once it answers.
     """
     try:
@@ -87,6 +89,7 @@ def serve(
             served_model_name=served_model_name,
             api_key=api_key,
             chat_template=chat_template,
+            call_format=call_format,
             allowed_origins=allowed_origins,
         )
         config = uvicorn.Config(

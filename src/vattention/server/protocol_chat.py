@@ -5,67 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from vattention.server.protocol import (
-    Body,
-    FinishReason,
-    ModelBody,
-    PromptLogprobs,
-    SamplingBody,
-    Text,
-    Usage,
-    invalid,
-)
+from vattention.server.protocol import FinishReason, ModelBody, PromptLogprobs, SamplingBody, Usage, invalid
+from vattention.server.protocol_messages import Message
+from vattention.server.protocol_tools import Choice, Tool, ToolCall, ToolCallDelta, ToolChoice, check_names
 
 RENDERING_ARGUMENTS = frozenset(
     {"messages", "template", "tools", "add_generation_prompt", "continue_final_message"}
 )
 """Names that chat_template_kwargs may not set: they belong to the renderer, not to the template."""
-
-
-def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-class TextPart(Body):
-    """Part of a message's content; this server takes text only."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class Message(Body):
-    """One message; content is a text or a list of text parts."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset({"annotations", "refusal"})
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"audio": (), "function_call": (), "tool_calls": ([],)}
-
-    role: Literal["developer", "system", "user", "assistant", "tool", "function"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)] = Field(default_factory=list)
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> Message:
-        if "content" not in self.model_fields_set and self.role != "assistant":
-            raise invalid("messages", f"a message of role {self.role} needs content")
-        return self
-
-    @property
-    def text(self) -> str:
-        return "\n".join(part.text for part in self.content)
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates know messages: to them a developer is the system."""
-        given: dict[str, str] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.text,
-        }
-        for name in ("name", "tool_call_id"):
-            if getattr(self, name) is not None:
-                given[name] = getattr(self, name)
-        return given
 
 
 class Conversation(ModelBody):
@@ -79,10 +28,10 @@ class Conversation(ModelBody):
         "functions": ([],),
         "media_io_kwargs": ({},),
         "mm_processor_kwargs": ({},),
-        "tools": ([],),
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    tools: Annotated[list[Tool], AfterValidator(check_names)] = Field(default_factory=list)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -97,6 +46,11 @@ class Conversation(ModelBody):
         if reserved:
             raise invalid("chat_template_kwargs", f"may not set {reserved[0]}")
         return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """Functions that the prompt tells of."""
+        return self.tools
 
     @property
     def opens_reply(self) -> bool:
@@ -115,7 +69,6 @@ class ChatCompletionRequest(SamplingBody, Conversation):
 
     ignored: ClassVar[frozenset[str]] = SamplingBody.ignored | {
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "safety_identifier",
         "store",
@@ -134,7 +87,6 @@ class ChatCompletionRequest(SamplingBody, Conversation):
         "reasoning_effort": ("none",),
         "return_prompt_text": (False,),
         "thinking_token_budget": (),
-        "tool_choice": ("none", "auto"),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -144,9 +96,21 @@ class ChatCompletionRequest(SamplingBody, Conversation):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     echo: bool = False
+    tool_choice: Choice = ToolChoice("auto")
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> ChatCompletionRequest:
+        if "tool_choice" in self.model_fields_set and self.tool_choice.mode != "none" and not self.tools:
+            raise invalid("tool_choice", "there are no tools to choose from")
+        if self.tool_choice.name not in {None, *(tool.function.name for tool in self.tools)}:
+            raise invalid("tool_choice", f"names {self.tool_choice.name!r}, which is none of the tools")
+        if self.tool_choice.mode == "required":
+            raise invalid(
+                "tool_choice",
+                "this server cannot force calls: tool_choice is none or auto",
+                kind="unsupported_parameter",
+            )
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs=true")
         if (
@@ -155,6 +119,10 @@ class ChatCompletionRequest(SamplingBody, Conversation):
         ):
             raise invalid("max_tokens", "says another number than max_completion_tokens; send one of them")
         return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        return [] if self.tool_choice.mode == "none" else self.tools
 
     @property
     def token_limit(self) -> int | None:
@@ -183,14 +151,18 @@ class ChatLogprobs(TypedDict):
 
 
 class ReplyMessage(TypedDict):
+    """`content` is None where there is nothing but calls."""
+
     role: str
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class Delta(TypedDict, total=False):
     role: str
     content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChoice(TypedDict):

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NotRequired, TypedDict
 from pydantic import Field, model_validator
 
 from vattention.server.protocol import ModelBody, Text, TokenId, invalid
-from vattention.server.protocol_chat import Conversation, Message
+from vattention.server.protocol_chat import Conversation
+from vattention.server.protocol_messages import Message
 
 
 class TokenizeRequest(Conversation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from vattention.server.engine import ServedEngine, TextTokenizer
 from vattention.server.errors import MODEL_NOT_FOUND
 from vattention.server.protocol import SamplingBody
 from vattention.server.protocol_chat import Conversation
+from vattention.server.tools import CallFormat, format_names, format_of
 
 T = TypeVar("T")
 
@@ -27,6 +29,7 @@ class Service:
     Attributes:
         model_name: what clients call it.
         chat_template: a Jinja template in place of the model's own.
+        own_call_format: how the model writes calls of functions, in place of what its chat template shows.
         worker: runs the tokenizer, so that a long prompt does not hold up the others' streams.
         created: when it began to serve, in Unix seconds.
     """
@@ -34,6 +37,7 @@ class Service:
     engine: ServedEngine
     model_name: str
     chat_template: str | None
+    own_call_format: CallFormat | None
     worker: Executor
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -80,19 +84,54 @@ class Service:
         """The conversation as a prompt, through the chat template.
 
         Raises:
-            RequestError: the template refuses it, or there is no tokenizer.
+            RequestError: the template refuses it, or would leave functions or calls out; or there is no tokenizer.
         """
         tokenizer = self.tokenizer
         messages = [message.for_template() for message in conversation.messages]
+        tools = [tool.for_template() for tool in conversation.shown_tools]
+        self._check_shown("tools", tools, with_tools=bool(tools), param="tools")
+        calls = [message for message in messages if "tool_calls" in message]
+        self._check_shown("tool_calls", calls, with_tools=bool(tools), param="messages")
         return await self.in_worker(
             lambda: tokenizer.apply_chat_template(
                 messages,
                 template=self.chat_template,
                 add_generation_prompt=conversation.opens_reply,
                 continue_final_message=conversation.continue_final_message,
+                tools=tools or None,
                 **conversation.chat_template_kwargs,
             )
         )
+
+    def _check_shown(self, name: str, values: Sequence[object], *, with_tools: bool, param: str) -> None:
+        source = self.tokenizer.chat_template_source(self.chat_template, with_tools=with_tools)
+        if values and not re.search(rf"\b{name}\b", source):
+            raise RequestError(
+                f"this model's chat template leaves {name} out, so the model would not learn of them; start the "
+                "server with one that shows them: --chat-template FILE",
+                param=param,
+            )
+
+    def call_format(self) -> CallFormat:
+        """How the model writes calls of functions.
+
+        Raises:
+            RequestError: its chat template does not show it.
+        """
+        source = self.tokenizer.chat_template_source(self.chat_template, with_tools=True)
+        found = self.own_call_format or format_of(source)
+        if found is None:
+            raise RequestError(
+                "this model's chat template writes calls of functions in no format that this server knows; "
+                f"start it with --tool-call-parser ({format_names()}) if you know which it is",
+                param="tools",
+            )
+        return found
+
+    def hides(self, text: str) -> bool:
+        """Whether a text is a special token, which generated text leaves out."""
+        tokenizer = self.tokenizer
+        return text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
 
     def chat_stop_strings(self) -> tuple[str, ...]:
         """Strings that end a reply where the chat template has no end token for it."""

@@ -1,0 +1,86 @@
+"""What the formats of calls have in common."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+from vattention.server.tools.calls import Call, JsonScan
+
+_SPACE = re.compile(r"\s*")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a text begins with.
+
+    Attributes:
+        calls: in the order they are written; none where it only looked like a call.
+        num_chars: how much of the text they are.
+    """
+
+    calls: tuple[Call, ...] = ()
+    num_chars: int = 0
+
+
+NO_CALL = Reading()
+
+
+class CallFormat(Protocol):
+    """How a family of models writes calls.
+
+    Attributes:
+        name: vLLM's for this format.
+        markers: what calls begin with, anywhere in a reply.
+        opening: what calls begin with at the start of a reply, or right behind a call; "" for nothing.
+        separators: characters that may stand between two calls, besides white space.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def markers(self) -> tuple[str, ...]: ...
+
+    @property
+    def opening(self) -> str: ...
+
+    @property
+    def separators(self) -> str: ...
+
+    def is_of(self, template: str) -> bool:
+        """Whether a chat template writes calls like this."""
+        ...
+
+    def read(self, text: str, known: Collection[str], scan: JsonScan, *, final: bool) -> Reading | None:
+        """The calls at the beginning of a text that begins with a marker or the opening.
+
+        Args:
+            known: names of the functions there are.
+            scan: the same one while the text grows.
+            final: no more text will come.
+
+        Returns:
+            None where more text has to come first, which is never so with `final`. What it says otherwise, it says
+            of every longer text too.
+        """
+        ...
+
+    def new_id(self) -> str:
+        """An id for a call, such as the model's chat template takes back."""
+        ...
+
+
+def skip_space(text: str, start: int) -> int:
+    """Index of the first character from `start` on that is no white space."""
+    match = _SPACE.match(text, start)
+    assert match is not None
+    return match.end()
+
+
+def call_id() -> str:
+    """An id as OpenAI's look."""
+    return f"call_{uuid.uuid4().hex[:24]}"
