@@ -13,7 +13,7 @@ _MOST_RESTS = 8
 
 
 class Screen:
-    """Memory of what finds a weight's largest products, as screen.c or screen_halves.c describes it, not filled in.
+    """Memory of what finds a weight's largest products, as screen_bytes.c or screen_halves.c has it, not filled in.
 
     Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. The
     next tokens may be no better, so it rests, twice as long each time.

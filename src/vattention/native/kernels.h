@@ -33,7 +33,7 @@ typedef struct {
     int32_t format;
 } vattention_weight;
 
-/* A weight's copy in 8 bits, as screen.c describes it, and what its products may be off by. */
+/* A weight's copy in 8 bits, as screen_bytes.c describes it, and what its products may be off by. */
 typedef struct {
     int8_t *numbers;
     float *scales; /* of a column's numbers */

@@ -53,12 +53,13 @@ typedef int (*split_fn)(const uint16_t *x, int64_t count, int8_t *rows, int64_t 
 typedef struct {
     screen_fn by_vectors, by_tiles;
     split_fn split;
+    void (*pack)(void *job); /* a thread's share of the making, for a screen_pack_job */
     int64_t group;     /* steps of x that share a unit, or 0 for all */
     int64_t num_bytes; /* of a number of x */
 } screen_kind;
 
-/* That of weights in halves. */
-extern const screen_kind vattention_halves;
+/* That of weights in bfloat16, and that of those in halves. */
+extern const screen_kind vattention_bytes, vattention_halves;
 
 struct screening {
     const vattention_screen *screen;
@@ -80,9 +81,6 @@ typedef struct {
     int64_t next; /* panel, taken atomically */
     int32_t bad;
 } screen_pack_job;
-
-/* A thread's share for a weight in halves. */
-void vattention_halves_pack(void *job);
 
 /* The largest of some numbers and the sum of their squares; 0 where they are of no use for bounds. */
 INLINE int measure(const uint16_t *x, int64_t count, float *most, double *squares) {

@@ -162,9 +162,7 @@ SCREEN_TARGET static void by_vectors(const screening *s, int64_t first, int64_t 
     }
 }
 
-const screen_kind vattention_halves = {.by_vectors = by_vectors, .split = split, .group = GROUP, .num_bytes = 1};
-
-SCREEN_TARGET void vattention_halves_pack(void *job) {
+SCREEN_TARGET static void pack(void *job) {
     screen_pack_job *j = job;
     const int64_t num_in = j->weight->num_in, num_groups = (num_in + GROUP - 1) / GROUP;
     const int64_t num_panels = (j->screen->num_out + COLUMNS - 1) / COLUMNS;
@@ -219,4 +217,7 @@ SCREEN_TARGET void vattention_halves_pack(void *job) {
         }
     }
 }
+
+const screen_kind vattention_halves = {
+    .by_vectors = by_vectors, .split = split, .pack = pack, .group = GROUP, .num_bytes = 1};
 #endif
