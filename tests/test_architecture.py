@@ -37,6 +37,7 @@ OUTSIDE = {
     "fastapi": {"server"},
     "uvicorn": {"server"},
     "prometheus_client": {"server"},
+    "llguidance": {"model.grammar"},
     "transformers": {"model", "hf", "virtual_cache"},
     "torch": {
         "memory.tensor",

@@ -50,6 +50,7 @@ class SamplingParams:
         early_stopping: when a beam search ends, once `beam_width` sequences have. "never": when no beam can become
             better than those any more, so that the result is the same as at max_tokens; True: at once; False: when
             no beam is better than those at its present length.
+        grammar: what the text has to be from beginning to end, in llguidance's dialect of Lark; None for anything.
 
     Raises:
         RequestError: a value is out of range; `param` names it.
@@ -79,6 +80,7 @@ class SamplingParams:
     beam_width: int | None = None
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = "never"
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
@@ -121,6 +123,8 @@ class SamplingParams:
         self._check(
             "length_penalty", self.use_beam_search or self.length_penalty == 1.0, "1 without use_beam_search"
         )
+        self._check("grammar", self.grammar is None or not self.use_beam_search, "None with use_beam_search")
+        self._check("grammar", self.grammar is None or not self.ignore_eos, "None with ignore_eos: it says the end")
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

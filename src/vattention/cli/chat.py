@@ -28,7 +28,7 @@ HELP = "/reset forgets the conversation, Ctrl-C stops a reply, Ctrl-D ends"
     sampling=OptionsOf(
         SamplingParams,
         "Sampling",
-        omit=("n", "seed", "logprobs", "prompt_logprobs"),
+        omit=("n", "seed", "logprobs", "prompt_logprobs", "grammar"),
         defaults={"max_tokens": None},
     ),
 )

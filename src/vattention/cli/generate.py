@@ -28,7 +28,7 @@ PROMPT_KEYS = ("prompt", "prompt_token_ids")
 @takes(
     engine=OptionsOf(EngineConfig, "Engine", omit=("model",)),
     # The engine's seed makes runs repeat; one seed for every request would give equal prompts equal samples.
-    sampling=OptionsOf(SamplingParams, "Sampling", omit=("seed",)),
+    sampling=OptionsOf(SamplingParams, "Sampling", omit=("seed", "grammar")),
 )
 def generate(
     model: str,

@@ -15,6 +15,7 @@ from vattention.engine.request import Request
 from vattention.engine.sequence import Sequence
 from vattention.engine.text import TextStream
 from vattention.errors import ContextLengthError, RequestError
+from vattention.model.grammar import Grammar, Grammars
 from vattention.model.sampler import validate
 from vattention.outputs import RequestMetrics
 from vattention.sampling_params import SamplingParams
@@ -28,6 +29,7 @@ class Intake:
         self._max_num_seqs = config.max_num_seqs
         self._parts = parts
         self._arrivals = itertools.count()
+        self._grammars = None if parts.tokenizer is None else Grammars(parts.tokenizer, parts.end_token_ids)
 
     def request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int) -> Request:
         """Check everything that can be wrong about a request.
@@ -63,6 +65,7 @@ class Intake:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=self._parts.end_token_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
+            grammar=self.grammar(params),
             cache_salt=_cache_salt(prompt, params, arrival),
         )
         seed = _seed(self._seed, arrival) if params.seed is None else params.seed
@@ -77,6 +80,18 @@ class Intake:
     def arrival(self) -> int:
         """The number of a request that arrives now."""
         return next(self._arrivals)
+
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """What a request's texts have to be; None for anything.
+
+        Raises:
+            RequestError: it is no grammar, or there is no tokenizer.
+        """
+        if params.grammar is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("a grammar needs a tokenizer; this engine serves token ids only", param="grammar")
+        return self._grammars.grammar(params.grammar)
 
     def text(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
         """What turns a sequence's tokens into text; None without a tokenizer."""

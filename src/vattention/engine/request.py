@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from vattention.engine.beams import BeamGroup
 from vattention.engine.sequence import Sequence
+from vattention.model.grammar import Grammar
 from vattention.outputs import RequestMetrics, RequestOutput, TokenLogprobs
 from vattention.sampling_params import SamplingParams
 
@@ -20,6 +21,7 @@ class Request:
         arrival: counts requests; within a priority the earlier goes first.
         max_tokens: of each sequence, already cut to the context's end.
         end_token_ids: the model's end tokens.
+        grammar: what its samples' texts have to be; None for anything.
         cache_salt: requests share prefixes only with those of the same salt.
         beams: of a beam search; None for samples. `sequences` are then those of the group.
         unforked: samples that begin when the first one has computed the prompt for all.
@@ -35,6 +37,7 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     metrics: RequestMetrics
+    grammar: Grammar | None = None
     cache_salt: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     unforked: list[Sequence] = field(default_factory=list)

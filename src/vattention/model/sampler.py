@@ -2,7 +2,7 @@
 
 Sampling keeps no state: a draw is determined by the sequence's seed, the number of its tokens and its own logits,
 so neither the rest of the batch nor preemption can change a sample. The order is vLLM's: logprobs from the logits
-as they come, then min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p.
+as they come, then min_tokens, logit_bias, penalties, the grammar, temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from vattention.errors import RequestError, VAttentionError
 from vattention.model.draw import Row, draw
+from vattention.model.grammar import GrammarMask
 from vattention.model.gumbel import noise_for
 from vattention.model.logits import adjust, needs_adjustment
 from vattention.model.logprobs import token_logprobs
@@ -31,6 +32,7 @@ class SampleRow:
         seed: the sequence's own; an integer of any size.
         prompt_token_ids, output_token_ids: its tokens so far; these may grow.
         end_token_ids: the model's end tokens, impossible before `params.min_tokens`.
+        mask: what its grammar allows; None without a grammar.
     """
 
     params: SamplingParams
@@ -38,13 +40,14 @@ class SampleRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     end_token_ids: frozenset[int]
+    mask: GrammarMask | None = None
     _plain_from: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         params = self.params
         uncut = params.top_k <= 0 and params.top_p == 1.0 and params.min_p == 0.0
         plain = (params.greedy or uncut) and params.num_logprobs is None
-        plain = plain and not needs_adjustment(params, params.min_tokens)
+        plain = plain and not needs_adjustment(params, params.min_tokens) and self.mask is None
         object.__setattr__(self, "_plain_from", params.min_tokens if plain else math.inf)
 
     @property
@@ -60,7 +63,7 @@ class SampleRow:
 
     @property
     def is_adjusted(self) -> bool:
-        return needs_adjustment(self.params, len(self.output_token_ids))
+        return self.mask is not None or needs_adjustment(self.params, len(self.output_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +148,11 @@ def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: fl
     if wanted.is_adjusted:
         row = raw.copy()
         adjust(row, params, wanted.prompt_token_ids, wanted.output_token_ids, wanted.end_token_ids)
+        if wanted.mask is not None:
+            try:
+                wanted.mask.apply(row, wanted.output_token_ids)
+            except VAttentionError as failure:
+                return SampledToken(-1, error=failure)
         likeliest = int(row.argmax())
         largest = float(row[likeliest])
         error = logits_error(largest)

@@ -59,6 +59,11 @@ class Tokenizer:
         # After another token, since many tokenizers drop a space at the very beginning.
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
 
+    def to_json(self) -> str:
+        """All of it, as the tokenizers library writes it to tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     @property
     def has_chat_template(self) -> bool:
         """Whether the model brings a chat template of its own."""
