@@ -41,6 +41,14 @@ def test_a_request_need_not_name_the_model(server: Live) -> None:
     assert response.json()["model"] == "fake"
 
 
+def test_what_vllms_users_poll(server: Live) -> None:
+    for ask in (httpx.get, httpx.post):
+        assert ask(server.url + "/ping").status_code == 200
+    assert httpx.get(server.url + "/load").json() == {"server_load": 0}
+    server.engine.healthy = False
+    assert httpx.get(server.url + "/ping").status_code == 503
+
+
 def test_health_falls_when_the_engine_stops(serve_app: Serve) -> None:
     server = serve_app(FakeEngine())
     assert httpx.get(server.url + "/health").status_code == 200

@@ -29,7 +29,7 @@ def test_the_key_opens(locked: Live, scheme: str) -> None:
     assert response.status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/metrics"])
+@pytest.mark.parametrize("path", ["/", "/health", "/load", "/metrics", "/ping"])
 def test_probes_and_the_page_need_no_key(locked: Live, path: str) -> None:
     assert httpx.get(locked.url + path).status_code == 200
 

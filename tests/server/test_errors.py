@@ -160,6 +160,23 @@ def test_a_body_that_is_no_json_object(server: Live, path: str, content: bytes) 
     assert error_of(response, 400)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"prompt": "é"}'.encode("latin-1"), "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "4300 digits"),
+    ],
+    ids=["latin-1", "deep", "long"],
+)
+def test_a_body_that_the_parser_gives_up_on(server: Live, content: bytes, reason: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(server.url + "/v1/completions", content=content, headers=headers, timeout=30)
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "invalid_json")
+    assert reason in error["message"]
+
+
 def test_unknown_paths_and_methods(server: Live) -> None:
     error_of(httpx.get(server.url + "/v1/nothing"), 404)
     response = httpx.get(server.url + "/v1/completions")

@@ -46,7 +46,7 @@ def create_app(
     Args:
         engine: stays the caller's, who shuts it down.
         served_model_name: what clients call the model; by default the engine's name for it.
-        api_key: required of every request but `/`, `/health` and `/metrics`, where given.
+        api_key: required of every request but those to `auth.OPEN_PATHS`, where given.
         chat_template: a Jinja template in place of the model's own.
         call_format: how the model writes calls of functions, in place of what its chat template shows.
         allowed_origins: those whose web pages may use the server from a browser, such as "https://example.org";
@@ -124,10 +124,16 @@ def _probes(engine: ServedEngine, metrics: EngineMetrics) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
+    @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
     async def check_health() -> Response:
         if not engine.healthy:
             raise EngineStoppedError("the engine does not take requests: it is shutting down or has died")
         return JSONResponse({"status": "ok"})
+
+    @router.get("/load")
+    async def read_load() -> Response:
+        now = engine.statistics()
+        return JSONResponse({"server_load": now.num_running + now.num_waiting})
 
     @router.get("/metrics")
     async def read_metrics(request: Request) -> Response:

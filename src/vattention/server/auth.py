@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vattention.server.errors import ErrorReply
 
-OPEN_PATHS = frozenset({"/", "/health", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/health", "/load", "/metrics", "/ping"})
 """Paths that need no key: probes and scrapers have none, and the page asks for it."""
 
 

@@ -92,12 +92,26 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.BAD_REQUEST and error.__cause__ is not None:
+        return _reply_to_unparsed(error.__cause__).response()
     where = f"{request.method} {request.url.path}"
     message = {
         HTTPStatus.NOT_FOUND.value: f"there is nothing at {where}",
         HTTPStatus.METHOD_NOT_ALLOWED.value: f"{where} is not allowed; this path takes other methods",
     }.get(error.status_code, str(error.detail))
     return ErrorReply(error.status_code, message, headers=error.headers or {}).response()
+
+
+def _reply_to_unparsed(cause: BaseException) -> ErrorReply:
+    """To a body on which the JSON parser itself gave up."""
+    match cause:
+        case UnicodeDecodeError():
+            reason = f"it is not UTF-8 (byte {cause.start})"
+        case RecursionError():
+            reason = "it is nested too deeply"
+        case _:
+            reason = str(cause)
+    return ErrorReply(HTTPStatus.BAD_REQUEST, f"the body is not valid JSON: {reason}", code="invalid_json")
 
 
 async def _on_invalid_body(request: Request, error: Exception) -> JSONResponse:
