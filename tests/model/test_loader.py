@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,60 @@ def test_a_folder_without_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="no weights"):
         load_ids(folder)
+
+
+@pytest.mark.parametrize("left", [0, 5, 5000])
+def test_weights_cut_short_are_named(folder: Path, left: int) -> None:
+    os.truncate(folder / "model.safetensors", left)
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors' are cut short or damaged .*; download the file again"
+    ):
+        load(EngineConfig(model=str(folder)))
+
+
+def test_a_pointer_of_git_lfs_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ConfigError, match="git lfs pull"):
+        load(EngineConfig(model=str(folder)))
+
+
+def test_weights_that_cannot_be_read_are_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"cannot read the weights in .*model\.safetensors': No such file"):
+        load(EngineConfig(model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"hidden_size": 64},
+            r"other shapes than its configuration says: \S+ is \[.*\] and should be \[.*and 20 more",
+        ),
+        (
+            {"num_attention_heads": 3},
+            "cannot read the configuration of .*not a multiple of the number of attention",
+        ),
+        ({"vocab_size": "many"}, "cannot read the configuration of .*'vocab_size'"),
+        ({"hidden_act": "other"}, "KeyError: 'other'"),
+        ({"num_hidden_layers": 3}, r"lacks weights of .*: model\.layers\.2\.\S+, and 8 more; it is not whole"),
+    ],
+)
+def test_a_configuration_of_another_model_is_refused(folder: Path, values: dict[str, Any], message: str) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises((ConfigError, UnsupportedModelError), match=message):
+        load(EngineConfig(model=str(folder)))
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    bare = tiny_folder(tmp_path / "bare", tokenizer=False)
+    with pytest.raises(ConfigError, match=r"there is no tokenizer\.json in it; name one with tokenizer="):
+        load(EngineConfig(model=str(bare)))
+    (bare / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(ConfigError, match=r"cannot load a tokenizer from .*KeyError: 'added_tokens'"):
+        load(EngineConfig(model=str(bare)))
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:

@@ -119,3 +119,12 @@ def test_a_state_between_tokens_shows() -> None:
     model.model.layers[1].mlp.register_forward_hook(mix)
     with running(model) as (runner, kv), pytest.raises(UnsupportedModelError, match="differ"):
         verify(model, runner, kv)
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN or infinite"), (0.0, "nothing but equal")])
+def test_damaged_weights_are_not_mistaken_for_a_wrong_cache(value: float, said: str) -> None:
+    model = ARCHITECTURES["llama"]()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(value)
+    with running(model) as (runner, kv), pytest.raises(UnsupportedModelError, match=f"{said} logits by itself"):
+        verify(model, runner, kv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +30,6 @@ from vattention.model.source import Source, check_weights, find
 from vattention.model.tokenizer import Tokenizer
 
 DEMO = "demo"
-
-_FAILURES = (OSError, ValueError, ImportError, KeyError)
-"""What transformers raises where something cannot be loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +103,11 @@ def load_tokenizer(source: Source, config: EngineConfig) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
-    except _FAILURES as error:
+    except Exception as error:  # whatever transformers' code makes of files that are not as it expects
+        why = _reason(error) if _has_tokenizer(source) else "there is no tokenizer.json in it"
         raise ConfigError(
-            f"cannot load a tokenizer from {source.location!r}: {_first_line(error)}; name one with tokenizer=, or "
-            "serve token ids with skip_tokenizer_init=True"
+            f"cannot load a tokenizer from {source.location!r}: {why}; name one with tokenizer=, or serve token "
+            "ids with skip_tokenizer_init=True"
         ) from error
     return Tokenizer(tokenizer)
 
@@ -117,7 +117,7 @@ def _load_config(source: Source, config: EngineConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(
             source.location, trust_remote_code=config.trust_remote_code, **source.options
         )
-    except _FAILURES as error:
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"{config.model!r} runs Python code of its own; read it, then allow it with trust_remote_code=True"
@@ -127,10 +127,10 @@ def _load_config(source: Source, config: EngineConfig) -> PreTrainedConfig:
                 f"transformers {transformers.__version__} does not know the architecture of {config.model!r}"
             ) from error
         if source.is_local:
-            raise ConfigError(f"cannot read the configuration of {config.model!r}: {_first_line(error)}") from error
+            raise ConfigError(f"cannot read the configuration of {config.model!r}: {_reason(error)}") from error
         raise ConfigError(
             f"no model {config.model!r}: there is no folder or GGUF file of this name here, and the Hugging Face "
-            f"hub has no such repository, wants a token for it, or cannot be reached: {_first_line(error)}"
+            f"hub has no such repository, wants a token for it, or cannot be reached: {_reason(error)}"
         ) from error
 
 
@@ -176,15 +176,23 @@ def _load_model(source: Source, hf_config: PreTrainedConfig, config: EngineConfi
             config=hf_config,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with what differs
             **options,
         )
-    except _FAILURES as error:
-        raise ConfigError(f"cannot load {config.model!r}: {_first_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"cannot load {config.model!r}: {_reason(error)}") from error
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        raise UnsupportedModelError(
+            f"{config.model!r} has weights of other shapes than its configuration says: {name} is "
+            f"{list(found)} and should be {list(wanted)}{_and_others(mismatched)}"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise UnsupportedModelError(
-            f"{config.model!r} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}"
-            f"{', …' if len(missing) > 3 else ''}; it was made for something other than generating text"
+            f"{config.model!r} lacks weights of {type(model).__name__}: {missing[0]}{_and_others(missing)}; it is "
+            "not whole, or was made for something other than generating text"
         )
     return text_part(model).eval().requires_grad_(False)
 
@@ -226,5 +234,16 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     return causal
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+def _has_tokenizer(source: Source) -> bool:
+    return not source.is_local or source.gguf_file is not None or any(Path(source.location).glob("*token*"))
+
+
+def _and_others(names: Sequence[object]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what another library says, and the second where the first only announces it."""
+    first, *others = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    text = f"{first} {others[0]}" if first.endswith(":") and others else first
+    return text if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {text}"

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from vattention.errors import ConfigError
+
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ def check_weights(source: Source) -> None:
     """Refuse weights that are not safetensors: unpickling a file runs whatever code is in it.
 
     Raises:
-        ConfigError: the folder holds no config.json, or no weights, or only pickled ones.
+        ConfigError: the folder holds no config.json, or no weights, or only pickled ones, or a file that is cut
+            short, damaged or not there at all.
     """
     folder = Path(source.location)
     if not source.is_local or source.gguf_file is not None:
@@ -62,7 +67,10 @@ def check_weights(source: Source) -> None:
         guesses = sorted(path.name for path in folder.glob("*.gguf"))
         hint = f"; it holds {guesses[0]}: name that file" if guesses else ""
         raise ConfigError(f"model folder {source.location!r} has no config.json{hint}")
-    if any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        _check_whole(path)
+    if weights:
         return
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled:
@@ -71,3 +79,22 @@ def check_weights(source: Source) -> None:
             "code; where you trust them, load them with transformers and save_pretrained as safetensors"
         )
     raise ConfigError(f"model folder {source.location!r} has no weights: there is no *.safetensors file in it")
+
+
+def _check_whole(path: Path) -> None:
+    """Read a file's list of tensors, which says how long the file must be."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        if not is_pointer:
+            with safe_open(path, framework="numpy"):
+                return
+    except OSError as error:
+        raise ConfigError(f"cannot read the weights in {str(path)!r}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"the weights in {str(path)!r} are cut short or damaged ({error}); download the file again"
+        ) from error
+    raise ConfigError(
+        f"{str(path)!r} is no file of weights but Git LFS's pointer to one; fetch it with git lfs pull"
+    )

@@ -33,7 +33,8 @@ def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
         The larger relative difference of the logits.
 
     Raises:
-        UnsupportedModelError: they differ, or an attention layer did not run exactly once in a forward.
+        UnsupportedModelError: they differ, an attention layer did not run exactly once in a forward, or what the
+            model computes by itself says nothing.
         OutOfMemoryError: the cache cannot hold even these prompts.
     """
     vocab_size = model.get_input_embeddings().num_embeddings
@@ -44,8 +45,15 @@ def verify(model: PreTrainedModel, runner: ModelRunner, kv: KVManager) -> float:
     ]
     with runner.suspended(), torch.inference_mode():
         own = [[_centred(row) for row in _own_logits(model, prompt)] for prompt in prompts]
+    size = math.sqrt(sum(float(row.norm()) ** 2 for rows in own for row in rows))
+    if not 0 < size < math.inf:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes {'nothing but equal' if size == 0 else 'NaN or infinite'} logits by "
+            f"itself: its weights are damaged or missing, or need more range than {model.dtype} has; get them "
+            "anew, or try dtype='float32'"
+        )
     differences = [
-        _difference_through(runner, kv, prompts, cuts, own)
+        _difference_through(runner, kv, prompts, cuts, own) / size
         for cuts in (
             [0] * len(prompts),
             [len(prompt) // 2 for prompt in prompts],
@@ -80,7 +88,8 @@ def _difference_through(
     cuts: Sequence[int],
     own: Sequence[Sequence[torch.Tensor]],
 ) -> float:
-    """How far the logits through the cache are off when each prompt is computed in two chunks that meet at its cut.
+    """How far the logits through the cache are off when each prompt is computed in two chunks that meet at its cut,
+    by the Euclidean norm over all of them.
 
     Rows are compared one by one, while they are in a processor's cache.
     """
@@ -110,5 +119,4 @@ def _difference_through(
         for slot in slots:
             kv.release(slot)
         kv.drop_warm()
-    whole = sum(float(row.norm()) ** 2 for rows in own for row in rows)
-    return math.sqrt(square / whole) if whole else math.nan
+    return math.sqrt(square)
