@@ -10,7 +10,9 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "vattention"
 
-LEAVES = frozenset({"config", "core", "errors", "fields", "garbage", "interrupts", "outputs", "sampling_params"})
+LEAVES = frozenset(
+    {"config", "core", "errors", "fields", "garbage", "interrupts", "outputs", "sampling_params", "vllm_options"}
+)
 
 ARROWS = {
     **dict.fromkeys(LEAVES, frozenset[str]()),

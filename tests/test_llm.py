@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
 from tests.model.tiny import tiny_folder
 from vattention import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+from vattention.config import EngineConfig
 from vattention.errors import ConfigError, ContextLengthError, EngineStoppedError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -94,7 +96,7 @@ def test_beam_search_is_shaped_as_vllms(llm: LLM) -> None:
         assert scores == sorted(scores, reverse=True)
         for beam in output.sequences:
             assert beam.tokens[:-6] == tokenizer.encode(prompt)
-            assert beam.text == tokenizer.decode(beam.tokens)
+            assert beam.text == tokenizer.decode(beam.tokens, skip_special_tokens=True)
             assert [len(entry) for entry in beam.logprobs] == [6] * 6
             taken = zip(beam.tokens[-6:], beam.logprobs, strict=True)
             assert beam.cum_logprob == pytest.approx(sum(entry[token].logprob for token, entry in taken))
@@ -135,12 +137,81 @@ def test_chat_puts_the_conversation_through_the_template(llm: LLM) -> None:
     one = llm.chat(conversation, GREEDY, use_tqdm=False)
     many = llm.chat([conversation, conversation], GREEDY, use_tqdm=False)
     assert [output.prompt_token_ids for output in many] == [one[0].prompt_token_ids] * 2
-    assert one[0].prompt_token_ids == llm.get_tokenizer().apply_chat_template(conversation)
+    tokenizer = llm.engine.tokenizer
+    assert tokenizer is not None
+    assert one[0].prompt_token_ids == tokenizer.apply_chat_template(conversation)
 
 
 def test_vllms_other_arguments_are_refused_by_name(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="gpu_memory_utilization"):
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0.9: .* kv_memory limits it"):
         LLM(str(folder), gpu_memory_utilization=0.9)
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2: a model runs on one device"):
+        LLM(str(folder), tensor_parallel_size=2)
+    with pytest.raises(ConfigError, match="no argument 'kv_memmory'"):
+        LLM(str(folder), kv_memmory="1GiB")
+
+
+def test_vllms_arguments_that_ask_for_nothing_are_let_through(folder: Path) -> None:
+    idle: dict[str, Any] = {"tensor_parallel_size": 1, "disable_log_stats": True, "revision": None, "seed": None}
+    with LLM(str(folder), kv_memory="64MiB", quantization=None, **idle) as llm:
+        assert llm.engine.config == EngineConfig(model=str(folder), kv_memory="64MiB")
+
+
+def test_prompts_as_token_ids_alone(llm: LLM) -> None:
+    ids = llm.get_tokenizer().encode("hello")
+    (expected,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    many: list[Any] = [ids, [ids], [np.array(ids)], {"prompt_token_ids": torch.tensor(ids)}, (tuple(ids), "hello")]
+    for prompts in many:
+        for output in llm.generate(prompts, GREEDY, use_tqdm=False):
+            assert output.prompt_token_ids == ids
+            assert all(type(token) is int for token in output.prompt_token_ids)
+            assert output.outputs == expected.outputs
+
+
+@pytest.mark.parametrize("prompts", [None, 5, [None], b"hello", [["a"]], [{"text": "a"}], "\ud800", [[True]]])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError) as refusal:
+        llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert refusal.value.param == "prompt"
+
+
+def test_what_comes_with_a_prompt_is_not_lost_silently(llm: LLM) -> None:
+    idle: Any = {"prompt": "hello", "multi_modal_data": None, "mm_processor_kwargs": {}}
+    assert llm.generate(idle, GREEDY, use_tqdm=False)[0].finished
+    for name in ("multi_modal_data", "cache_sallt"):
+        with pytest.raises(RequestError, match=f"'{name}' would be lost"):
+            llm.generate(idle | {name: "anything"}, GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 1}, [None], ["a"]])
+def test_what_are_no_sampling_params_is_refused(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match="must be SamplingParams"):
+        llm.generate(["hello"], params, use_tqdm=False)
+
+
+def test_sampling_params_may_be_changed_and_are_checked_again(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    params.max_tokens, params.temperature = 3, 0.0
+    other = params.clone()
+    other.max_tokens = 5
+    outputs = llm.generate(["hello"] * 2, [params, other], use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 5]
+    params.top_p = 2.0
+    with pytest.raises(RequestError, match="top_p must be"):
+        llm.generate("hello", params, use_tqdm=False)
+
+
+def test_the_tokenizer_is_transformers(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer.batch_decode([tokenizer("hello").input_ids], skip_special_tokens=True) == ["hello"]
+    talk = [{"role": "user", "content": "hello"}]
+    template = "{{ messages[0].content }}{% if more %} {{ more }}{% endif %}"
+    assert tokenizer.apply_chat_template(talk, tokenize=False, chat_template=template) == "hello"
+    more: dict[str, Any] = {"chat_template": template, "chat_template_kwargs": {"more": "there"}}
+    (output,) = llm.chat(talk, GREEDY, False, **more)
+    assert tokenizer.decode(output.prompt_token_ids) == "hello there"
+    with pytest.raises(RequestError, match="messages are mappings"):
+        llm.chat("hello")  # type: ignore[arg-type]
 
 
 def test_token_ids_only_without_a_tokenizer(folder: Path) -> None:

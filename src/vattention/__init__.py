@@ -9,6 +9,7 @@ from vattention.garbage import no_collections
 
 if TYPE_CHECKING:
     from vattention.config import EngineConfig
+    from vattention.core import TextPrompt, TokensPrompt
     from vattention.engine.async_engine import AsyncEngine
     from vattention.llm import LLM
     from vattention.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
@@ -27,6 +28,8 @@ _HOMES = {
     "LLM": "vattention.llm",
     "RequestOutput": "vattention.outputs",
     "SamplingParams": "vattention.sampling_params",
+    "TextPrompt": "vattention.core",
+    "TokensPrompt": "vattention.core",
     "VirtualCache": "vattention.virtual_cache",
 }
 
@@ -40,6 +43,8 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
     "VirtualCache",
 ]
 

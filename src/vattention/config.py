@@ -11,6 +11,9 @@ from vattention.fields import FieldTypeError, fit
 
 MAX_BLOCK_SIZE = 256
 
+_LEAST_NBYTES = 4096
+"""Less than this of memory is a number that lacks its unit: vLLM counts swap_space in GiB."""
+
 _DTYPES = {"half": "float16", "float": "float32"}
 """Other names of types, as torch and vLLM have them."""
 
@@ -148,8 +151,13 @@ class EngineConfig:
             raise ConfigError(
                 "enable_prefix_caching=True needs memory that can be shared, which kv='reserved' has not"
             )
-        for name in ("kv_memory", "page_size"):
-            if getattr(self, name) is not None:
-                parse_nbytes(getattr(self, name))
-        if self.swap_space is not None:
-            parse_swap_space(self.swap_space)
+        if self.page_size is not None:
+            parse_nbytes(self.page_size)
+        for name, nbytes in (
+            ("kv_memory", None if self.kv_memory is None else parse_nbytes(self.kv_memory)),
+            ("swap_space", None if self.swap_space is None else parse_swap_space(self.swap_space).nbytes),
+        ):
+            if nbytes is not None and nbytes < _LEAST_NBYTES:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is {nbytes} bytes, which is no page; name a unit, such as 4GiB"
+                )

@@ -30,7 +30,7 @@ class TokensPrompt(TypedDict):
 
 
 Prompt = str | TextPrompt | TokensPrompt
-"""What a request may start from."""
+"""What a request may start from. Token ids alone, without a mapping around them, do as well."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm
 
+from vattention import vllm_options
 from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.engine import LLMEngine
@@ -39,18 +40,17 @@ class LLM:
         model: "demo", a Hugging Face id, a local folder, or a GGUF file.
         tokenizer: a Hugging Face id or folder; the model's own by default.
         options: the other attributes of `EngineConfig`, such as dtype, max_model_len, max_num_seqs or kv_memory.
-            Arguments of vLLM's that are not there are refused by name.
+            None is the same as leaving one out. Arguments of vLLM's that are not there are refused by name, unless
+            their values ask for nothing, such as tensor_parallel_size=1.
 
     Raises:
         ConfigError, UnsupportedModelError: as their messages say.
     """
 
     def __init__(self, model: str, tokenizer: str | None = None, **options: Any) -> None:
-        unknown = sorted(set(options) - _OPTIONS)
-        if unknown:
-            raise ConfigError(f"LLM has no argument {unknown[0]!r}; it takes {', '.join(sorted(_OPTIONS))}")
+        config = EngineConfig(model=model, tokenizer=tokenizer, **vllm_options.known(options, _OPTIONS))
         with loading():
-            self.engine = LLMEngine.from_config(EngineConfig(model=model, tokenizer=tokenizer, **options))
+            self.engine = LLMEngine.from_config(config)
         self._ids = itertools.count()
         self._turn = threading.RLock()
         # The model and the mapper's thread hold on to the cache: without this it would outlive the last reference.
@@ -64,12 +64,15 @@ class LLM:
     ) -> None:
         self.close()
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
+    def get_tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers has it.
 
         Raises:
             ConfigError: the engine runs without one.
         """
+        return self._tokenizer().original
+
+    def _tokenizer(self) -> Tokenizer:
         if self.engine.tokenizer is None:
             raise ConfigError("this LLM runs without a tokenizer (skip_tokenizer_init)")
         return self.engine.tokenizer
@@ -89,7 +92,7 @@ class LLM:
         """Complete prompts, as many at the same time as fit.
 
         Args:
-            prompts: texts, {"prompt": text} or {"prompt_token_ids": [...]}; one or many.
+            prompts: texts, token ids, {"prompt": text} or {"prompt_token_ids": [...]}; one or many.
             sampling_params: one for all prompts, or one each; the model's recommended ones by default.
             priority: one number per prompt; smaller goes first.
 
@@ -100,7 +103,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters are invalid; nothing was computed.
         """
-        many: Sequence[Prompt] = [prompts] if isinstance(prompts, str | Mapping) else prompts
+        many = _listed(prompts)
         params = self._params(sampling_params, len(many))
         priorities = list(priority) if priority is not None else [0] * len(many)
         if len(priorities) != len(many):
@@ -118,15 +121,27 @@ class LLM:
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Reply to one conversation, or to a list of them; arguments and errors as for `generate`."""
+        """Reply to one conversation, or to a list of them; arguments and errors as for `generate`.
+
+        Args:
+            chat_template: a Jinja template in place of the model's own.
+            add_generation_prompt: end the prompt with what opens the assistant's turn.
+            continue_final_message: leave the last message open, to be continued.
+            tools: JSON schemas of functions, for templates that take them.
+            chat_template_kwargs: further variables of the template, such as {"enable_thinking": False}.
+        """
+        if isinstance(messages, str):
+            raise RequestError('messages are mappings, such as {"role": "user", "content": text}', param="messages")
         many: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        tokenizer = self.get_tokenizer()
+        tokenizer = self._tokenizer()
         prompts: list[Prompt] = [
             {
                 "prompt_token_ids": tokenizer.apply_chat_template(
@@ -134,6 +149,8 @@ class LLM:
                     template=chat_template,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
+                    tools=tools,
+                    **(chat_template_kwargs or {}),
                 )
             }
             for conversation in many
@@ -249,4 +266,18 @@ class LLM:
         many = [params] * count if isinstance(params, SamplingParams) else list(params)
         if len(many) != count:
             raise RequestError(f"{count} prompts, but {len(many)} sampling_params", param="sampling_params")
+        wrong = next((own for own in many if not isinstance(own, SamplingParams)), None)
+        if wrong is not None or None in many:
+            raise RequestError(f"sampling_params must be SamplingParams, not {wrong!r}", param="sampling_params")
         return many
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt or many, as many."""
+    if isinstance(prompts, str | bytes | Mapping):
+        return [prompts]
+    try:
+        many: Any = list(prompts)
+    except TypeError:
+        return [prompts]  # type: ignore[list-item]  # refused with what a prompt is
+    return [many] if many and all(isinstance(item, int) for item in many) else many

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vattention.errors import RequestError
@@ -16,9 +16,10 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this mean greedy decoding, as in vLLM."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SamplingParams:
-    """Sampling parameters with vLLM's names, meanings and defaults.
+    """Sampling parameters with vLLM's names, meanings and defaults. Those of a request are checked again, and
+    copied, when it starts.
 
     Attributes:
         n: samples per prompt, or sequences that a beam search returns.
@@ -129,6 +130,10 @@ class SamplingParams:
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise RequestError(f"{name} must be {wanted}, not {getattr(self, name)!r}", param=name)
+
+    def clone(self) -> SamplingParams:
+        """A copy to change."""
+        return replace(self)
 
     @property
     def greedy(self) -> bool:

@@ -29,7 +29,7 @@ def test_reads_requests_and_skips_empty_lines() -> None:
         ('{"prompt_token_ids": [], "max_tokens": 1}', "at least one integer"),
         ('{"prompt_token_ids": ["a"], "max_tokens": 1}', "at least one integer"),
         ('{"prompt_token_ids": [1], "max_tokens": 0}', "max_tokens must be at least 1"),
-        ('{"prompt_token_ids": [1], "max_tokens": "many"}', "not supported between"),
+        ('{"prompt_token_ids": [1], "max_tokens": "many"}', "max_tokens must be an integer"),
     ],
 )
 def test_a_bad_line_is_named(line: str, reason: str) -> None:

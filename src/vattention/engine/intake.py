@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import operator
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from vattention.config import EngineConfig
-from vattention.core import Prompt
+from vattention.core import Prompt, TextPrompt, TokensPrompt
 from vattention.engine.beams import BeamGroup
 from vattention.engine.parts import Parts
 from vattention.engine.request import Request
@@ -19,6 +22,8 @@ from vattention.model.grammar import Grammar, Grammars
 from vattention.model.sampler import validate
 from vattention.outputs import RequestMetrics
 from vattention.sampling_params import SamplingParams
+
+_PROMPT_KEYS = TextPrompt.__annotations__.keys() | TokensPrompt.__annotations__.keys()
 
 
 class Intake:
@@ -38,6 +43,9 @@ class Intake:
             ContextLengthError: the prompt leaves no room for a token.
             RequestError: anything else that cannot be served.
         """
+        params = replace(
+            params
+        )  # the caller's may change while this runs, and may have changed since it was checked
         text, token_ids = self._tokenize(prompt)
         validate(params, self._parts.vocab_size)
         if params.stop_strings and self._parts.tokenizer is None:
@@ -100,20 +108,31 @@ class Intake:
         return TextStream(self._parts.tokenizer, token_ids, params)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        given: Mapping[str, object] = {"prompt": prompt} if isinstance(prompt, str) else prompt
-        text = given.get("prompt") if isinstance(given, Mapping) else None
-        ids = given.get("prompt_token_ids") if isinstance(given, Mapping) else None
-        if ids is not None and isinstance(ids, Iterable) and not isinstance(ids, str):
-            text, token_ids = None, list(ids)
+        text: object = prompt if isinstance(prompt, str) else None
+        ids: object = None if isinstance(prompt, str | Mapping) else prompt
+        if isinstance(prompt, Mapping):
+            lost = next((name for name in prompt if name not in _PROMPT_KEYS and prompt.get(name)), None)
+            if lost is not None:
+                raise RequestError(
+                    f"this engine takes text only, and a prompt's {lost!r} would be lost; leave it out",
+                    param="prompt",
+                )
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is not None and isinstance(ids, Iterable) and not isinstance(ids, str | bytes):
+            text, token_ids = None, [_token_id(item) for item in ids]
         elif not isinstance(text, str):
             raise RequestError(
-                'a prompt is a text, {"prompt": text} or {"prompt_token_ids": [...]}, '
+                'a prompt is a text, token ids, {"prompt": text} or {"prompt_token_ids": [...]}, '
                 f"not {type(prompt).__name__}",
                 param="prompt",
             )
         elif self._parts.tokenizer is None:
             raise RequestError("this engine has no tokenizer: send prompt_token_ids", param="prompt")
         else:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(f"the prompt is no Unicode text: {error}", param="prompt") from error
             token_ids = self._parts.tokenizer.encode(text)
         if not token_ids:
             raise RequestError("the prompt is empty", param="prompt")
@@ -124,6 +143,14 @@ class Intake:
                 param="prompt",
             )
         return text, token_ids
+
+
+def _token_id(item: object) -> Any:
+    """A token id of numpy's or torch's as Python's own number; what is none stays as it is, to be refused."""
+    try:
+        return item if isinstance(item, bool) else operator.index(item)  # type: ignore[arg-type]
+    except TypeError:
+        return item
 
 
 def salt_of(cache_salt: str) -> str:

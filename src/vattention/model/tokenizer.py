@@ -19,6 +19,9 @@ class Tokenizer:
     transformers set truncation and padding on the way, and fail with "Already borrowed" beside another thread.
     Decoded text is what the tokens say: no spaces are cleaned up afterwards, which a stream could not take back.
 
+    Attributes:
+        original: the one that it wraps.
+
     Raises:
         ConfigError: the tokenizer is one of transformers' slow ones.
     """
@@ -29,6 +32,7 @@ class Tokenizer:
                 f"{type(tokenizer).__name__} has no fast version (no tokenizer.json): name another with "
                 "tokenizer=, or serve token ids with skip_tokenizer_init=True"
             )
+        self.original = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
