@@ -71,7 +71,7 @@ static const tile_set dot_set = {.tiles = dot_tiles, .tile_rows = 12};
 #define HAVE_AMX
 #define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 
-enum { AMX_ROWS = 32 };
+enum { AMX_ROWS = 32, AMX_AHEAD = 512 };
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -101,7 +101,7 @@ AMX_TARGET static void amx_tile(const tile_args *args) {
     const char *panel = args->panel;
     /* The first tile streams the panel from memory; the others find it in the cache and share the next one. */
     const int64_t lines = args->ahead_step * (TILE_STEPS / 2) / 64;
-    const char *fetched = args->first ? panel + AHEAD : args->ahead;
+    const char *fetched = args->first ? panel + AMX_AHEAD : args->ahead;
     TILES_READ_MEMORY;
     _tile_zero(0);
     _tile_zero(1);
@@ -110,13 +110,16 @@ AMX_TARGET static void amx_tile(const tile_args *args) {
         _tile_zero(3);
     }
     for (int64_t k = 0; k < args->num_in; k += TILE_STEPS, panel += TILE_STEPS * COLUMNS * 2) {
-        for (int64_t line = 0; line < lines; line++) {
+        for (int64_t line = 0; line < lines / 2; line++) {
             __builtin_prefetch(fetched + 64 * line, 0, 3);
         }
-        fetched += 64 * lines;
         _tile_loadd(4, x + k, args->x_stride * 2);
         _tile_loadd(6, panel, COLUMNS * 4);
         _tile_dpbf16ps(0, 4, 6);
+        for (int64_t line = lines / 2; line < lines; line++) {
+            __builtin_prefetch(fetched + 64 * line, 0, 3);
+        }
+        fetched += 64 * lines;
         _tile_loadd(7, panel + HALF * 4, COLUMNS * 4);
         _tile_dpbf16ps(1, 4, 7);
         if (rows > 16) {
