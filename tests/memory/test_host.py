@@ -140,6 +140,19 @@ def test_kernel_mappings_are_counted_exactly(bench: Bench) -> None:
     assert bench.driver.num_mappings == 3
 
 
+def test_pages_that_outlive_their_home_leave_it_in_one_piece(bench: Bench) -> None:
+    first, second, third = np.arange(1, 64), np.arange(64, 127), np.arange(192, 255)
+    for _ in range(3):
+        bench.region.commit(first)
+        bench.region.alias(second, bench.region.pages(first))
+        bench.region.unmap(first)
+        bench.region.commit(first)  # its own pages are behind the second still
+        bench.region.alias(third, bench.region.pages(first))
+        assert len(kernel_mappings()) == bench.driver.num_mappings == 6
+        for part in (first, second, third):
+            bench.region.unmap(part)
+
+
 def test_neighbours_in_memory_need_not_be_neighbours_in_the_file() -> None:
     driver = HostDriver()
     backend = Backend(driver, None)

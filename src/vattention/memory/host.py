@@ -234,8 +234,9 @@ class HostDriver:
                 raise refusal("ftruncate", error, more * self._page_nbytes) from error
             self._state.values[first : first + more] = _OVERFLOW
             self._num_overflow += more
-            self._free_overflow += range(first + more - 1, first - 1, -1)
-        taken = self._free_overflow[-count:]
+            self._free_overflow += range(first, first + more)
+        # In the order of the file, so that what is mapped together is a mapping together.
+        taken = sorted(self._free_overflow[-count:])
         del self._free_overflow[-count:]
         return taken
 
@@ -252,8 +253,8 @@ class HostDriver:
             self._shift.values[homes] = shifts
             added = self._count_edges(edges) - num_edges
             self._check_mappings(added, len(addresses))
+            undo.callback(self._map_back, addresses, before)
             for start, count in runs(homes, 1, shifts):
-                undo.callback(self._map_back, addresses[start : start + count], before[start : start + count])
                 try:
                     self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
                 except OSError as error:
