@@ -94,9 +94,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare vattention with other engines.")
     parser.add_argument("--model", choices=MODELS, default="demo")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--only", default="", help="workloads with commas between them, such as w1,w6")
+    parser.add_argument(
+        "--only", default="", help="workloads or cases with commas between them, such as 'w1,w6 16x1024'"
+    )
     parser.add_argument("--peers", default="", help="engines with commas between them; ours always takes part")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the requests to take, for slow machines")
+    parser.add_argument("--rows", default="", help="rows by name with semicolons between them, ours only if named")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the requests of w1 and w4")
     parser.add_argument("--output", type=Path, help="without suffix; results/peers_MODEL by default")
     parser.add_argument("--limit-minutes", type=float, default=float("inf"), help="begin no run after this time")
     parser.add_argument("--timeout-minutes", type=float, default=30.0, help="of one run")
@@ -108,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parse(arguments)
     output = given.output or RESULTS / f"peers_{given.model.replace('-', '_')}"
     try:
-        wanted, rows = cases(_names(given.only), given.scale), chosen(_names(given.peers))
+        wanted = cases(_names(given.only, ","), given.scale)
+        rows = chosen(_names(given.peers, ","), _names(given.rows, ";"))
         conditions = {"machine": machine(), "model": given.model, "scale": given.scale}
         results = Results(output.with_suffix(".json"), conditions)
     except ValueError as error:
@@ -134,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+def _names(text: str, separator: str) -> list[str]:
+    return [name.strip() for name in text.split(separator) if name.strip()]
 
 
 if __name__ == "__main__":

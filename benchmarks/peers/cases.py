@@ -91,13 +91,15 @@ def higher_is_better(figure: str) -> bool:
 
 
 def cases(only: Sequence[str], scale: float) -> list[Case]:
-    """The workloads, those in `only` if it names any. `scale` below 1 takes fewer requests, never shorter ones.
+    """The workloads, or the cases of them, that `only` names; all if it names none.
+
+    Args:
+        only: names such as w1, w6 and "w6 16x1024".
+        scale: share of the requests in w1 and w4; below 1 there are fewer, never shorter ones.
 
     Raises:
-        ValueError: `only` names a workload that there is not.
+        ValueError: `only` names what there is not.
     """
-    if unknown := set(only) - set(workloads.WORKLOADS):
-        raise ValueError(f"{', '.join(sorted(unknown))}: the workloads are {', '.join(workloads.WORKLOADS)}")
 
     def fewer(count: int) -> int:
         return max(1, round(count * scale))
@@ -111,8 +113,11 @@ def cases(only: Sequence[str], scale: float) -> list[Case]:
         *(
             # The median: a rate from whole runs would mostly measure their prompts.
             Case(f"w6 {batch}x{context}", "itl_p50_s", workloads.w6(batch, context))
-            for batch in sorted({fewer(batch) for batch in workloads.W6_BATCHES})
+            for batch in workloads.W6_BATCHES
             for context in workloads.W6_CONTEXTS
         ),
     ]
-    return [case for case in made if not only or case.workload in only]
+    names = {case.workload for case in made} | {case.name for case in made}
+    if unknown := set(only) - names:
+        raise ValueError(f"{', '.join(sorted(unknown))}: there are {', '.join(sorted(names))}")
+    return [case for case in made if not only or case.workload in only or case.name in only]

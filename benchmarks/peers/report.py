@@ -42,6 +42,7 @@ def to_markdown(
         sizes: of installations, in bytes by environment.
     """
     ran = [row for row in rows if any(runs(case.name, row.name) for case in cases)]
+    cases = [case for case in cases if any(runs(case.name, row.name) for row in rows)]
     figures = columns(cases)
     parts = [
         [conditions],

@@ -161,13 +161,16 @@ ROWS = (
 )
 
 
-def chosen(peers: Sequence[str]) -> list[Row]:
-    """The rows of these peers, ours always among them; all when none is named.
+def chosen(peers: Sequence[str], names: Sequence[str] = ()) -> list[Row]:
+    """The rows of these peers, ours always among them, or those of these names; all when nothing is named.
 
     Raises:
-        ValueError: there is no such peer.
+        ValueError: there is no such peer, or no such row.
     """
     known = {row.peer for row in ROWS}
     if unknown := set(peers) - known:
         raise ValueError(f"{', '.join(sorted(unknown))}: the peers are {', '.join(sorted(known))}")
-    return [row for row in ROWS if not peers or row.peer in {*peers, "vattention"}]
+    if unknown := set(names) - {row.name for row in ROWS}:
+        raise ValueError(f"{'; '.join(sorted(unknown))}: the rows are {'; '.join(row.name for row in ROWS)}")
+    of_peers = [row for row in ROWS if not peers or row.peer in {*peers, OURS}]
+    return [row for row in of_peers if not names or row.name in names]

@@ -38,9 +38,20 @@ def test_the_table_has_every_row_and_says_why_one_failed() -> None:
     assert f"{head} vLLM, prefix cache" not in table
 
 
+def test_what_nobody_ran_has_no_column() -> None:
+    ran = {("w1", "vattention"): rates(30)}
+    cases = [RATE, Case("w3", "ttft_p50_s", [{"temperature": 0.0}])]
+    table = to_markdown("a machine", "peers_x", cases, ROWS, lambda case, row: ran.get((case, row), []), {})
+    assert "| w1 tokens/s |" in table
+    assert "w3" not in table
+
+
 def test_rows_are_compared_with_rows_of_ours() -> None:
     assert {row.against for row in ROWS} <= {row.name for row in ROWS if row.peer == "vattention"}
     assert {row.peer for row in chosen(["vllm"])} == {"vllm", "vattention"}
     assert chosen([]) == list(ROWS)
+    assert [row.name for row in chosen([], ["vLLM", "vattention, int8"])] == ["vattention, int8", "vLLM"]
     with pytest.raises(ValueError, match="nobody: the peers are llamacpp"):
         chosen(["nobody"])
+    with pytest.raises(ValueError, match="vllm: the rows are vattention; "):
+        chosen([], ["vllm"])
