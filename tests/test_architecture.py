@@ -11,7 +11,18 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "vattention"
 
 LEAVES = frozenset(
-    {"config", "core", "errors", "fields", "garbage", "interrupts", "outputs", "sampling_params", "vllm_options"}
+    {
+        "config",
+        "core",
+        "errors",
+        "fields",
+        "garbage",
+        "interrupts",
+        "outputs",
+        "sampling_params",
+        "structured_outputs",
+        "vllm_options",
+    }
 )
 
 ARROWS = {

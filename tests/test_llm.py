@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import os
 import pickle
+import re
 import signal
 import threading
 import weakref
@@ -18,7 +20,14 @@ import pytest
 import torch
 
 from tests.model.tiny import tiny_folder
-from vattention import LLM, BeamSearchParams, CompletionOutput, RequestOutput, SamplingParams
+from vattention import (
+    LLM,
+    BeamSearchParams,
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError, ContextLengthError, EngineStoppedError, RequestError
 
@@ -173,6 +182,24 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
     with pytest.raises(RequestError) as refusal:
         llm.generate(prompts, GREEDY, use_tqdm=False)
     assert refusal.value.param == "prompt"
+
+
+def test_structured_outputs_are_what_they_have_to_be(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    kinds: list[dict[str, Any]] = [
+        {"json": {**schema, "additionalProperties": False}},
+        {"choice": ["good", "bad"]},
+        {"regex": r"[0-9]{3}/x"},
+    ]
+    params = [
+        SamplingParams(max_tokens=60, seed=seed, structured_outputs=StructuredOutputsParams(**kind))
+        for kind in kinds
+        for seed in range(3)
+    ]
+    texts = [output.outputs[0].text for output in llm.generate(["hello"] * 9, params, use_tqdm=False)]
+    assert all(json.loads(text) in ({"a": True}, {"a": False}) for text in texts[:3])
+    assert set(texts[3:6]) <= {"good", "bad"}
+    assert all(re.fullmatch("[0-9]{3}/x", text) for text in texts[6:])
 
 
 def test_what_comes_with_a_prompt_is_not_lost_silently(llm: LLM) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vattention.llm import LLM
     from vattention.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput
     from vattention.sampling_params import BeamSearchParams, SamplingParams
+    from vattention.structured_outputs import StructuredOutputsParams
     from vattention.virtual_cache import VirtualCache
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ _HOMES = {
     "LLM": "vattention.llm",
     "RequestOutput": "vattention.outputs",
     "SamplingParams": "vattention.sampling_params",
+    "StructuredOutputsParams": "vattention.structured_outputs",
     "TextPrompt": "vattention.core",
     "TokensPrompt": "vattention.core",
     "VirtualCache": "vattention.virtual_cache",
@@ -43,6 +45,7 @@ __all__ = [
     "EngineConfig",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TextPrompt",
     "TokensPrompt",
     "VirtualCache",

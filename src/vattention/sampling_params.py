@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any, Literal
 
 from vattention.errors import RequestError
 from vattention.fields import FieldTypeError, fit
+from vattention.structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 """The most alternatives per token that may be asked for, as in OpenAI's chat API."""
@@ -53,6 +54,8 @@ class SamplingParams:
             no beam is better than those at its present length.
         grammar: what the text has to be from beginning to end, in llguidance's dialect of Lark; None for anything.
 
+    `structured_outputs` says the same as `grammar` in other words; it is for the constructor only.
+
     Raises:
         RequestError: a value is out of range; `param` names it.
     """
@@ -82,8 +85,11 @@ class SamplingParams:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = "never"
     grammar: str | None = None
+    structured_outputs: InitVar[StructuredOutputsParams | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, structured_outputs: StructuredOutputsParams | None) -> None:
+        if structured_outputs is not None:
+            self._constrain(structured_outputs)
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", () if self.stop_token_ids is None else self.stop_token_ids)
@@ -126,6 +132,15 @@ class SamplingParams:
         )
         self._check("grammar", self.grammar is None or not self.use_beam_search, "None with use_beam_search")
         self._check("grammar", self.grammar is None or not self.ignore_eos, "None with ignore_eos: it says the end")
+
+    def _constrain(self, wanted: StructuredOutputsParams) -> None:
+        if not isinstance(wanted, StructuredOutputsParams):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputsParams, not {wanted!r}", param="structured_outputs"
+            )
+        if self.grammar is not None:
+            raise RequestError("structured_outputs and grammar say the same; give one of them", param="grammar")
+        self.grammar = wanted.lark()
 
     def _check(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -134,6 +134,12 @@ def test_idle_it_uses_no_processor_and_ends_at_once(start: Start) -> None:
     assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("port", [-1, 65_536, 99_999])
+def test_ports_that_cannot_be_are_refused(port: int) -> None:
+    with pytest.raises(ConfigError, match=f"must be 0 to 65535, not {port}"):
+        bind("127.0.0.1", port).close()
+
+
 def test_a_port_in_use_is_a_clear_error() -> None:
     with bind("127.0.0.1", 0) as taken:
         taken.listen()

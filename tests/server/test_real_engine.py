@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -150,6 +152,47 @@ def test_the_best_of_several_samples(client: openai.OpenAI, chat: bool) -> None:
         return [text for _, text in sorted(entries, reverse=True)]
 
     assert samples(n=2, best_of=5) == samples(n=5)[:2]
+
+
+@pytest.mark.parametrize(
+    ("extra", "form"),
+    [
+        ({"response_format": {"type": "json_object"}, "seed": 2}, r"\{.*\}"),
+        ({"structured_outputs": {"choice": ["good", "bad"]}}, "good|bad"),
+        ({"structured_outputs": {"json": '{"type": "boolean"}'}}, "true|false"),
+        ({"guided_json": {"type": "boolean"}}, "true|false"),
+        ({"guided_regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"guided_choice": ["good", "bad"]}, "good|bad"),
+        ({"guided_grammar": 'start: "a" "b"'}, "ab"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_structured_outputs(client: openai.OpenAI, extra: dict[str, Any], form: str, stream: bool) -> None:
+    logit_bias = {"96": 20} if "seed" in extra else None  # a closing brace, before a random model forgets it
+    made: Any = client.completions.create(
+        model="tiny", prompt="hello", max_tokens=100, stream=stream, logit_bias=logit_bias, extra_body=extra
+    )
+    text = "".join(chunk.choices[0].text for chunk in made) if stream else made.choices[0].text
+    assert re.fullmatch(form, text, re.DOTALL)
+
+
+def test_a_reply_of_a_schema(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "hello"}],
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "strict": True, "schema": {**schema, "additionalProperties": False}},
+        },
+    )
+    assert json.loads(answer.choices[0].message.content or "") in ({"sure": True}, {"sure": False})
+    with pytest.raises(openai.BadRequestError, match="cannot be combined with response_format"):
+        client.completions.create(
+            model="tiny",
+            prompt="hello",
+            extra_body={"response_format": {"type": "json_object"}, "guided_regex": "a"},
+        )
 
 
 def test_the_chat_template_adds_one_bos_token(client: openai.OpenAI) -> None:

@@ -26,6 +26,8 @@ FLUSH_S = 5
 
 TICK_S = 1.0
 
+MAX_PORT = 65_535
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for `serve`. Bind before the model is loaded, so that a port in use is found out at once.
@@ -36,6 +38,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address cannot be had.
     """
+    if not 0 <= port <= MAX_PORT:  # getaddrinfo takes the last 16 bits
+        raise ConfigError(f"--port must be 0 to {MAX_PORT}, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, NotRequired, TypedDict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from vattention.structured_outputs import StructuredOutputsParams
+
 MAX_SAMPLES = 128
 """Most samples of one prompt, as OpenAI's API has it."""
 
@@ -90,6 +92,44 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
+class StructuredOutputs(Body):
+    """vLLM's words for what a text has to be."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"disable_any_whitespace", "disable_fallback"})
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "disable_additional_properties": (False,),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+    }
+
+    json_: str | dict[str, Any] | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: list[Text] | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+
+
+class NamedSchema(Body):
+    """A JSON schema as OpenAI's API wraps it."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"description", "name", "strict"})
+
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Body):
+    """OpenAI's words for what a text has to be."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise invalid("response_format", "json_schema must be there for the type json_schema, and for no other")
+        return self
+
+
 class SamplingBody(ModelBody):
     """Sampling and streaming, the same for completions and chat."""
 
@@ -97,16 +137,10 @@ class SamplingBody(ModelBody):
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "allowed_token_ids": (),
         "bad_words": ([],),
-        "guided_choice": (),
         "guided_decoding_backend": (),
-        "guided_grammar": (),
-        "guided_json": (),
-        "guided_regex": (),
         "kv_transfer_params": (),
         "repetition_detection": (),
-        "response_format": ({"type": "text"},),
         "spaces_between_special_tokens": (True,),
-        "structured_outputs": (),
         "truncate_prompt_tokens": (),
         "vllm_xargs": ({},),
     }
@@ -138,6 +172,12 @@ class SamplingBody(ModelBody):
     request_id: Annotated[Text, Field(max_length=256)] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
+    structured_outputs: StructuredOutputs | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
 
     _sampling_fields: ClassVar[tuple[str, ...]] = (
         "n",
@@ -173,6 +213,37 @@ class SamplingBody(ModelBody):
         if self.stream and self.best_of is not None and self.best_of > self.n:
             raise invalid("stream", "the best of more samples than n cannot be streamed: they show only at the end")
         return self
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> SamplingBody:
+        asked = [name for name, kinds in self._structures().items() if kinds]
+        if len(asked) > 1:
+            raise invalid(asked[1], f"cannot be combined with {asked[0]}: choose one of them")
+        return self
+
+    def _structures(self) -> dict[str, dict[str, Any]]:
+        """What the text has to be by each field that may say so, as arguments of `StructuredOutputsParams`."""
+        own, asked = self.structured_outputs, self.response_format
+        given: dict[str, dict[str, Any]] = {
+            "structured_outputs": {} if own is None else own.model_dump(exclude_none=True) or {"json_": None},
+            "response_format": {},
+        }
+        if asked is not None and asked.type != "text":
+            schema = {"type": "object"} if asked.json_schema is None else asked.json_schema.schema_
+            given["response_format"] = {"json_": schema}
+        for kind in ("json", "regex", "choice", "grammar"):
+            value = getattr(self, f"guided_{kind}")
+            given[f"guided_{kind}"] = {} if value is None else {kind: value}
+        return {name: {kind.rstrip("_"): kinds[kind] for kind in kinds} for name, kinds in given.items()}
+
+    def structure(self) -> StructuredOutputsParams | None:
+        """What the text has to be; None for anything.
+
+        Raises:
+            RequestError: it cannot be what the client says.
+        """
+        kinds = next(filter(None, self._structures().values()), None)
+        return None if kinds is None else StructuredOutputsParams(**kinds)
 
     def asked_sampling(self) -> dict[str, Any]:
         """Arguments for `SamplingParams`: only those that the client sent."""

@@ -149,7 +149,7 @@ class Service:
         values |= {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
         if max_tokens is not None or "max_tokens" not in values:
             values["max_tokens"] = max_tokens
-        return SamplingParams(**values)
+        return SamplingParams(**values, structured_outputs=body.structure())
 
 
 def response_id(prefix: str, body: SamplingBody) -> str:
