@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from vattention.errors import RequestError
 from vattention.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from vattention.sampling_params import SamplingParams
 from vattention.server.generation import Cursor, SampleDelta, finish_reason, outputs_of, usage
@@ -27,6 +28,7 @@ from vattention.server.protocol_chat import (
 from vattention.server.replies import PlainText, ReplyText, TextWithCalls
 from vattention.server.service import Service, response_id
 from vattention.server.sse import Events, EventStream
+from vattention.server.tools import Function, forced_calls
 
 
 def routes(service: Service) -> APIRouter:
@@ -55,7 +57,7 @@ class _Reply:
         self._texts: list[ReplyText] = [PlainText() for _ in range(body.n)]
 
     async def response(self) -> ChatCompletion:
-        async with await self._outputs() as outputs:
+        async with self._outputs() as outputs:
             async for _, output in outputs:
                 final = output
         completion: ChatCompletion = {
@@ -75,7 +77,7 @@ class _Reply:
     async def events(self) -> Events:
         cursors = [Cursor() for _ in range(self._body.n)]
         latest: RequestOutput | None = None
-        async with await self._outputs() as outputs:
+        async with self._outputs() as outputs:
             async for _, output in outputs:
                 if latest is None:
                     for chunk in self._openings(output):
@@ -91,7 +93,8 @@ class _Reply:
             last["usage"] = usage([latest])
             yield last
 
-    async def _outputs(self) -> AbstractAsyncContextManager[AsyncIterator[tuple[int, RequestOutput]]]:
+    @asynccontextmanager
+    async def _outputs(self) -> AsyncIterator[AsyncIterator[tuple[int, RequestOutput]]]:
         """Check everything, and submit the conversation."""
         body, service = self._body, self._service
         params = service.sampling(
@@ -105,16 +108,36 @@ class _Reply:
         if body.shown_tools:
             params = self._expect_calls(params)
         service.check_context(token_ids, body.token_limit, body.token_limit_param)
-        return outputs_of(service.engine, [token_ids], params, priority=body.priority, cache_salt=body.cache_salt)
+        submitted = outputs_of(
+            service.engine, [token_ids], params, priority=body.priority, cache_salt=body.cache_salt
+        )
+        try:
+            async with submitted as outputs:
+                yield outputs
+        except RequestError as error:
+            if error.param != "grammar" or body.tool_choice.mode != "required":
+                raise
+            raise RequestError(f"calls of these tools cannot be forced: {error}", param="tools") from error
 
     def _expect_calls(self, params: SamplingParams) -> SamplingParams:
         """Look out for calls in all texts, and let them keep what marks one."""
         call_format = self._service.call_format()
         known = frozenset(tool.function.name for tool in self._body.tools)
-        only_one = not self._body.parallel_tool_calls
+        choice = self._body.tool_choice
+        only_one = choice.name is not None or not self._body.parallel_tool_calls
         self._texts = [TextWithCalls(call_format, known, only_one=only_one) for _ in range(self._body.n)]
-        if any(map(self._service.hides, call_format.markers)):
-            return replace(params, skip_special_tokens=False)
+        special = self._service.special_among(call_format.markers)
+        if special:
+            params = replace(params, skip_special_tokens=False)
+        if choice.mode == "required":
+            if params.grammar is not None:
+                raise RequestError("forces calls, so the text cannot be anything else besides", param="tool_choice")
+            functions = [
+                Function(tool.function.name, tool.function.parameters)
+                for tool in self._body.tools
+                if choice.name in (None, tool.function.name)
+            ]
+            params = replace(params, grammar=forced_calls(call_format, functions, special, only_one=only_one))
         return params
 
     @property

@@ -105,12 +105,9 @@ class ChatCompletionRequest(SamplingBody, Conversation):
             raise invalid("tool_choice", "there are no tools to choose from")
         if self.tool_choice.name not in {None, *(tool.function.name for tool in self.tools)}:
             raise invalid("tool_choice", f"names {self.tool_choice.name!r}, which is none of the tools")
-        if self.tool_choice.mode == "required":
-            raise invalid(
-                "tool_choice",
-                "this server cannot force calls: tool_choice is none or auto",
-                kind="unsupported_parameter",
-            )
+        if self.tool_choice.mode == "required" and (self.use_beam_search or self.ignore_eos):
+            other = "use_beam_search" if self.use_beam_search else "ignore_eos"
+            raise invalid("tool_choice", f"{other} does not go with calls that are forced")
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "needs logprobs=true")
         if (

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -128,10 +128,11 @@ class Service:
             )
         return found
 
-    def hides(self, text: str) -> bool:
-        """Whether a text is a special token, which generated text leaves out."""
+    def special_among(self, texts: Iterable[str]) -> dict[str, list[int]]:
+        """Those that are special tokens, which generated text leaves out, with their ids."""
         tokenizer = self.tokenizer
-        return text not in tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+        encoded = {text: tokenizer.encode(text, add_special_tokens=False) for text in texts}
+        return {text: ids for text, ids in encoded.items() if text not in tokenizer.decode(ids)}
 
     def chat_stop_strings(self) -> tuple[str, ...]:
         """Strings that end a reply where the chat template has no end token for it."""

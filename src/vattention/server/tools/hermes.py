@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from vattention.server.tools.calls import JsonScan, call_of, json_value
-from vattention.server.tools.reading import NO_CALL, Reading, call_id, skip_space
+from vattention.server.tools.reading import NO_CALL, Reading, Writing, call_id, skip_space
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -20,6 +20,7 @@ class Hermes:
     markers = (OPEN,)
     opening = ""
     separators = ""
+    writing = Writing(f'{OPEN}\n{{"name": NAME, "arguments": ', f"}}\n{CLOSE}", between="\n")
 
     def is_of(self, template: str) -> bool:
         return OPEN in template and not any(other in template for other in OTHERS)

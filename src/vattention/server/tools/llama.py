@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from vattention.server.tools.calls import JsonScan, call_of, json_value
-from vattention.server.tools.reading import NO_CALL, Reading, call_id, skip_space
+from vattention.server.tools.reading import NO_CALL, Reading, Writing, call_id, skip_space
 
 TAG = "<|python_tag|>"
 
@@ -17,6 +17,7 @@ class Llama:
     markers = (TAG,)
     opening = "{"
     separators = ";,"
+    writing = Writing('{"name": NAME, "parameters": ', "}", between="; ")
 
     def is_of(self, template: str) -> bool:
         return TAG in template or ("<|start_header_id|>" in template and '"parameters"' in template)

@@ -8,7 +8,7 @@ import string
 from collections.abc import Collection
 
 from vattention.server.tools.calls import Call, JsonScan, call_of, json_value
-from vattention.server.tools.reading import NO_CALL, Reading, skip_space
+from vattention.server.tools.reading import NO_CALL, Reading, Writing, skip_space
 
 MARKER = "[TOOL_CALLS]"
 
@@ -26,6 +26,7 @@ class Mistral:
     markers = (MARKER,)
     opening = ""
     separators = ""
+    writing = Writing('{"name": NAME, "arguments": ', "}", start=f"{MARKER}[", between=", ", end="]")
 
     def is_of(self, template: str) -> bool:
         return MARKER in template

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from vattention.server.tools.calls import Call, JsonScan
 
@@ -29,6 +29,25 @@ class Reading:
 NO_CALL = Reading()
 
 
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How calls are written one after the other.
+
+    Attributes:
+        before: what comes before a call's arguments, with `NAME` for its name in quotes.
+        after: what comes behind them.
+        start, between, end: what comes before the first call, between two, and behind the last.
+    """
+
+    before: str
+    after: str
+    start: str = ""
+    between: str = ""
+    end: str = ""
+
+    NAME: ClassVar[str] = "NAME"
+
+
 class CallFormat(Protocol):
     """How a family of models writes calls.
 
@@ -37,6 +56,7 @@ class CallFormat(Protocol):
         markers: what calls begin with, anywhere in a reply.
         opening: what calls begin with at the start of a reply, or right behind a call; "" for nothing.
         separators: characters that may stand between two calls, besides white space.
+        writing: how the model writes them.
     """
 
     @property
@@ -50,6 +70,9 @@ class CallFormat(Protocol):
 
     @property
     def separators(self) -> str: ...
+
+    @property
+    def writing(self) -> Writing: ...
 
     def is_of(self, template: str) -> bool:
         """Whether a chat template writes calls like this."""
