@@ -151,6 +151,17 @@ def test_chat_puts_the_conversation_through_the_template(llm: LLM) -> None:
     assert one[0].prompt_token_ids == tokenizer.apply_chat_template(conversation)
 
 
+def test_a_chat_ends_where_the_model_goes_on_with_the_users_turn(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = [{"role": "user", "content": "hello"}]
+    (free,) = llm.chat(conversation, GREEDY, use_tqdm=False)
+    turn = free.outputs[0].text[1:3]
+    monkeypatch.setattr(llm.engine.tokenizer, "chat_stop_strings", lambda template=None: (turn,))
+    own = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, stop="no such text")
+    for params in (GREEDY, [own]):
+        (output,) = llm.chat(conversation, params, use_tqdm=False)
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == (free.outputs[0].text[:1], turn)
+
+
 def test_vllms_other_arguments_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0.9: .* kv_memory limits it"):
         LLM(str(folder), gpu_memory_utilization=0.9)

@@ -155,7 +155,12 @@ class LLM:
             }
             for conversation in many
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        stops = tokenizer.chat_stop_strings(chat_template)
+        params = [
+            dataclasses.replace(own, stop=(*own.stop_strings, *stops))
+            for own in self._params(sampling_params, len(many))
+        ]
+        return self.generate(prompts, params, use_tqdm=use_tqdm)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False

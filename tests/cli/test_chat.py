@@ -30,6 +30,7 @@ class Echo:
         self.prompts: list[list[str]] = []
         self.templates: list[str | None] = []
         self.aborted: list[str] = []
+        self.stops: list[object] = []
         self.steps = 0
         self.output: RequestOutput | None = None
 
@@ -44,7 +45,11 @@ class Echo:
         self.templates.append(template)
         return [f"{message['role']}: {message['content']}" for message in messages]
 
+    def chat_stop_strings(self, template: str | None = None) -> tuple[str, ...]:
+        return ("\nUser:",) if template is None else ()
+
     def add_request(self, request_id: str, prompt: dict[str, Any], params: SamplingParams) -> None:
+        self.stops.append(params.stop)
         if len(prompt["prompt_token_ids"]) > CONTEXT:
             raise ContextLengthError("the conversation is too long")
         self.prompts.append(prompt["prompt_token_ids"])
@@ -83,6 +88,13 @@ def test_replies_are_printed_and_remembered(
     assert capsys.readouterr().out == "HELLO\nAND YOU\n"
     assert engine.prompts == [["user: hello"], ["user: hello", "assistant: HELLO", "user: and you"]]
     assert engine.templates == ["T", "T"]
+
+
+def test_a_reply_ends_where_the_model_goes_on_with_the_users_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Echo()
+    talk(monkeypatch, "hi\n", engine)
+    talk(monkeypatch, "hi\n", engine, "{{ messages }}")
+    assert engine.stops == [("\nUser:",), ()]
 
 
 def test_reset_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

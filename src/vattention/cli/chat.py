@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,8 @@ def reply(
     if engine.tokenizer is None:
         raise ConfigError("this model comes without a tokenizer; name one with --tokenizer")
     prompt = engine.tokenizer.apply_chat_template(messages, template=template, add_generation_prompt=True)
-    engine.add_request(request_id, {"prompt_token_ids": prompt}, params)
+    stop = (*params.stop_strings, *engine.tokenizer.chat_stop_strings(template))
+    engine.add_request(request_id, {"prompt_token_ids": prompt}, replace(params, stop=stop))
     text = ""
     with held_interrupts() as let_through:
         while engine.has_unfinished_requests():
