@@ -1,0 +1,104 @@
+/* Attention over a strip of keys for each instruction set, and the choice at run time. */
+#include "kernels.h"
+
+#include <float.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(type, a, b, ...) __builtin_shuffle(a, b, (type){__VA_ARGS__})
+#endif
+
+/* Most keys in a strip. */
+enum { STRIP = 128 };
+/* Numbers of a head are padded with zeros to a multiple of this, two of the widest vectors. */
+enum { PAD = 32 };
+/* Keys between those that are multiplied and those that memory is asked for. */
+enum { KEYS_AHEAD = 8 };
+/* Query rows that go over the keys together. */
+enum { TOGETHER = 4 };
+
+/* Query rows of one sequence that share a kv head lie together: number (kv head, row, head of the group). */
+typedef struct {
+    const vattention_heads *heads;
+    const char *query; /* as prepared */
+    int64_t num_rows, start;
+    int64_t base;      /* the strip's key 0; it may lie before the keys to read */
+    int64_t low, high; /* keys to read, from base */
+    const char *keys[STRIP], *values[STRIP]; /* of kv head 0 */
+    int64_t key_head_nbytes, value_head_nbytes;
+} strip_args;
+
+/* What is known of some keys: for each of n query rows the largest score, the sum of weights relative to it, and the
+ * weighted sum of values, which each instruction set keeps in an order of its own. */
+typedef struct {
+    float *max, *total; /* [n], padded to whole vectors */
+    float *values;      /* [n, value_dim padded] */
+} state;
+
+typedef struct {
+    void (*prepare)(const void *x, void *query, int64_t dim, int32_t dtype);
+    void (*strip[3])(const strip_args *args, state out);
+    void (*fold)(state into, state from, int64_t n, int64_t padded_dim);
+    void (*finish)(const float *values, float total, void *y, int64_t dim, int32_t dtype);
+} attend_set;
+
+static int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+#if defined(__x86_64__) && VATTENTION_LANES >= 16
+#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+#define SET avx512_bf16
+#define LANES 16
+#define LANE_LIST LANES16
+#define DOT
+#define MASKED
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
+#include "attend_set.h"
+#endif
+#define SET avx512
+#define LANES 16
+#define LANE_LIST LANES16
+#define MASKED
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#include "attend_set.h"
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 8
+#define SET avx2
+#define LANES 8
+#define LANE_LIST LANES8
+#define TARGET __attribute__((target("avx2,fma")))
+#include "attend_set.h"
+#endif
+#define SET baseline
+#define LANES 4
+#define LANE_LIST LANES4
+#define TARGET
+#include "attend_set.h"
+
+/* The best this processor runs. */
+static const attend_set *best_set(void) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 16
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+        if (__builtin_cpu_supports("avx512bf16")) {
+            return &set_avx512_bf16;
+        }
+#endif
+        return &set_avx512;
+    }
+#endif
+#if defined(__x86_64__) && VATTENTION_LANES >= 8
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        return &set_avx2;
+    }
+#endif
+    return &set_baseline;
+}
