@@ -58,3 +58,10 @@ class TestScreen:
     def test_only_plain_bfloat16(self) -> None:
         assert not NativeLinear.pack(torch.randn(64, 64), None).screen()
         assert not NativeLinear.pack(torch.randn(64, 64).bfloat16(), torch.zeros(64).bfloat16()).screen()
+
+    def test_its_memory_is_known(self) -> None:
+        layer = NativeLinear.pack(torch.randn(5000, 100).bfloat16(), None)
+        assert layer.screen_nbytes == 0
+        assert layer.screen()
+        # A byte for each number, padded to panels of 32 columns and 64 steps; three of four bytes for each column.
+        assert layer.screen_nbytes == 5024 * (128 + 3 * 4)

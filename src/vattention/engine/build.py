@@ -16,6 +16,7 @@ from vattention.model.fingerprint import fingerprint
 from vattention.model.fused_layer import fuse_layers
 from vattention.model.loader import load
 from vattention.model.optimize import optimize
+from vattention.model.optimize_report import OptimizeReport
 from vattention.model.probe import probe
 from vattention.model.rope import fix_rope
 from vattention.model.runner import ModelRunner
@@ -42,12 +43,6 @@ def _build(config: EngineConfig) -> Parts:
         # Keys and values are those of other weights.
         identity = f"{identity}-{config.quantization}"
     report = optimize(loaded.model, config.quantization)
-    _log.info(
-        "weights: %.0f MiB%s, packed in %.1f s",
-        report.nbytes / 2**20,
-        f", linear layers in {config.quantization}" if config.quantization else "",
-        report.elapsed_s,
-    )
     fix_rope(loaded.model, loaded.max_model_len)
     attention = probe(loaded.model)
     fuse_layers(loaded.model, attention)
@@ -64,6 +59,7 @@ def _build(config: EngineConfig) -> Parts:
         undo.callback(manager.close)
         runner = ModelRunner(loaded.model, attention, manager, config.attention)
         undo.callback(runner.close)
+        _report(report.with_screen(runner.screen_nbytes), config.quantization)
         verify(loaded.model, runner, manager)
         if replays:
             capture_decode(loaded.model, runner, manager, CudaCapture(loaded.model.device))
@@ -80,4 +76,14 @@ def _build(config: EngineConfig) -> Parts:
         cache_specs=attention.cache_specs,
         fingerprint=identity,
         swap_space=swap_space,
+    )
+
+
+def _report(report: OptimizeReport, quantization: str | None) -> None:
+    _log.info(
+        "weights: %.0f MiB%s%s, packed in %.1f s",
+        report.nbytes / 2**20,
+        f", linear layers in {quantization}" if quantization else "",
+        f", {report.screen_nbytes / 2**20:.0f} MiB of it to find likely tokens" if report.screen_nbytes else "",
+        report.elapsed_s,
     )

@@ -123,6 +123,11 @@ class NativeLinear:
                 self._screen = screen
         return self._screen is not None
 
+    @property
+    def screen_nbytes(self) -> int:
+        """Memory of the screen; 0 without one."""
+        return 0 if self._screen is None else self._screen.nbytes
+
     def _screen_of(self) -> Screen | None:
         """A screen, not filled in, for a bfloat16 layer that one fits."""
         if self._num_in > _MOST_SCREENED:

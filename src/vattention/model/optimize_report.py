@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -17,8 +17,10 @@ class OptimizeReport:
         replaced: how many modules now run each way: a linear method's name, "attention", "gated mlp" or "rms norm".
         kept: linear layers that stay as they were because nothing here is faster.
         refused: names of modules whose replacement gave other results; they stay as they were.
-        nbytes: memory of all weights afterwards.
-        copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share.
+        nbytes: memory of all weights afterwards, with the screen.
+        screen_nbytes: memory of the output layer's screen; 0 where there is none.
+        copied_nbytes: memory that lasts beyond the model's own: packed weights whose original others share, and the
+            screen.
         peak_copied_nbytes: the most there was at any time, with originals about to be dropped.
         elapsed_s: time it took.
     """
@@ -27,9 +29,21 @@ class OptimizeReport:
     kept: int
     refused: tuple[str, ...]
     nbytes: int
+    screen_nbytes: int
     copied_nbytes: int
     peak_copied_nbytes: int
     elapsed_s: float
+
+    def with_screen(self, nbytes: int) -> OptimizeReport:
+        """The same, and a screen: one is made where a model runs, once its logits are known as a plain product."""
+        copied_nbytes = self.copied_nbytes + nbytes
+        return replace(
+            self,
+            nbytes=self.nbytes + nbytes,
+            screen_nbytes=nbytes,
+            copied_nbytes=copied_nbytes,
+            peak_copied_nbytes=max(self.peak_copied_nbytes, copied_nbytes),
+        )
 
 
 class Account:
@@ -66,6 +80,7 @@ class Account:
             self.kept,
             tuple(self.refused),
             self._packed_nbytes + sum(parameter.nbytes for parameter in self._model.parameters()),
+            0,
             self._copied_nbytes,
             self._peak_copied_nbytes,
             elapsed_s,

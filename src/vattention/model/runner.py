@@ -67,6 +67,11 @@ class ModelRunner:
         """The attention kernel of each layer, by name."""
         return tuple(place.kernel.name for place in self._attention.places.values())
 
+    @property
+    def screen_nbytes(self) -> int:
+        """Memory of what finds likely tokens in the output layer, which comes to that of the model's weights."""
+        return 0 if self._output_layer is None else self._output_layer.screen_nbytes
+
     def forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """`predict`, as logits.
 

@@ -18,6 +18,10 @@ class Screen:
     Where a model is at a loss, with thousands of tokens about equally likely, a screen is work for nothing. The
     next tokens may be no better, so it rests, twice as long each time.
 
+    Attributes:
+        copy: as the compiled code takes it.
+        nbytes: of this memory.
+
     Args:
         tensors: numbers, scales, errors and sums, as `vattention_screen` has them.
         most_rows: for which it takes less time than computing everything.
@@ -31,6 +35,7 @@ class Screen:
         most_rows: float = math.inf,
     ) -> None:
         self._tensors = tensors
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
         self.most_rows = most_rows
         self.copy = ScreenCopy(*(tensor.data_ptr() for tensor in tensors), num_out, num_steps)
         self._num_rests = 0
