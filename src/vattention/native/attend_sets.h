@@ -50,28 +50,28 @@ typedef struct {
 
 static int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+#ifdef HAVE_PAIRS
 #define SET avx512_bf16
 #define LANES 16
 #define LANE_LIST LANES16
 #define DOT
 #define MASKED
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
+#define TARGET PAIRS_TARGET
 #include "attend_set.h"
 #endif
+#ifdef HAVE_AVX512
 #define SET avx512
 #define LANES 16
 #define LANE_LIST LANES16
 #define MASKED
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define TARGET AVX512_TARGET
 #include "attend_set.h"
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
+#ifdef HAVE_AVX2
 #define SET avx2
 #define LANES 8
 #define LANE_LIST LANES8
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #include "attend_set.h"
 #endif
 #define SET baseline
@@ -82,21 +82,18 @@ static int64_t padded(int64_t n, int64_t unit) { return (n + unit - 1) / unit * 
 
 /* The best this processor runs. */
 static const attend_set *best_set(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
+#ifdef HAVE_PAIRS
+    if (has_pairs()) {
+        return &set_avx512_bf16;
+    }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
-        if (__builtin_cpu_supports("avx512bf16")) {
-            return &set_avx512_bf16;
-        }
-#endif
+#ifdef HAVE_AVX512
+    if (has_avx512()) {
         return &set_avx512;
     }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef HAVE_AVX2
+    if (has_avx2()) {
         return &set_avx2;
     }
 #endif

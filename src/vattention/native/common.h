@@ -2,21 +2,12 @@
 #ifndef VATTENTION_COMMON_H
 #define VATTENTION_COMMON_H
 
+#include "processor.h"
+
 #include <stdint.h>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "bfloat16 numbers are taken apart as little-endian words"
-#endif
-
-/* The widest vectors of float32 that may be used, if the processor has them; tests lower it. */
-#ifndef VATTENTION_LANES
-#define VATTENTION_LANES 16
-#endif
-
-/* Whether instructions that multiply bfloat16 may be used, if the processor has them: 1 for pairs, 2 for matrix tiles
- * too; tests lower it. */
-#ifndef VATTENTION_DOT
-#define VATTENTION_DOT 2
 #endif
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };

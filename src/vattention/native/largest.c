@@ -24,21 +24,19 @@
         return 1; \
     }
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#ifdef HAVE_AVX512
 #define SET avx512
 #define LANES 16
-#define TARGET AVX512
+#define TARGET AVX512_TARGET
 #include "gumbel.h"
-AVX512 PERTURB(avx512, 16)
+AVX512_TARGET PERTURB(avx512, 16)
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-#define AVX2 __attribute__((target("avx2,fma")))
+#ifdef HAVE_AVX2
 #define SET avx2
 #define LANES 8
-#define TARGET AVX2
+#define TARGET AVX2_TARGET
 #include "gumbel.h"
-AVX2 PERTURB(avx2, 8)
+AVX2_TARGET PERTURB(avx2, 8)
 #endif
 #define SET baseline
 #define LANES 4
@@ -50,16 +48,13 @@ PERTURB(baseline, 4)
 static int (*perturb)(const vattention_noise *, int64_t, int32_t, float *) = perturb_baseline;
 
 __attribute__((constructor)) static void find_best(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef HAVE_AVX2
+    if (has_avx2()) {
         perturb = perturb_avx2;
     }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifdef HAVE_AVX512
+    if (has_avx512()) {
         perturb = perturb_avx512;
     }
 #endif

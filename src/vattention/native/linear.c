@@ -77,29 +77,28 @@ typedef struct {
 } tile_set;
 
 /* The tiles are compiled once for each instruction set from one text; LANES is what a register holds. */
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
+#ifdef HAVE_PAIRS
 #include "linear_dot.h"
 #endif
+#ifdef HAVE_AVX512
 #define SET avx512
 #define LANES 16
 #define TILE_ROWS 12
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define TARGET AVX512_TARGET
 #include "linear_tile.h"
-#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 9)
+#endif
+#ifdef HAVE_BYTES
 #include "halves.h"
 #include "quantized_few.h"
-#ifdef HAVE_AMX
+#endif
+#ifdef HAVE_TILES
 #include "quantized_amx.h"
 #endif
-#define HAVE_FEW
-#endif
-#endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
+#ifdef HAVE_AVX2
 #define SET avx2
 #define LANES 8
 #define TILE_ROWS 6
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #include "linear_tile.h"
 #endif
 #define SET baseline
@@ -117,41 +116,38 @@ static struct {
 } best = {.float32 = &float32_set_baseline, .bfloat16 = &bfloat16_set_baseline};
 
 __attribute__((constructor)) static void find_best(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef HAVE_AVX2
+    if (has_avx2()) {
         best.float32 = &float32_set_avx2;
         best.bfloat16 = &bfloat16_set_avx2;
     }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifdef HAVE_AVX512
+    if (has_avx512()) {
         best.float32 = &float32_set_avx512;
         best.bfloat16 = &bfloat16_set_avx512;
-#if VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
-        if (__builtin_cpu_supports("avx512bf16")) {
-            best.pairs = &dot_set;
-#ifdef HAVE_AMX
-            best.tiles = amx_granted() ? &amx_set : NULL;
+    }
 #endif
-        }
+#ifdef HAVE_PAIRS
+    if (has_pairs()) {
+        best.pairs = &dot_set;
+#ifdef HAVE_TILES
+        best.tiles = amx_granted() ? &amx_set : NULL;
 #endif
-#ifdef HAVE_FEW
-        if (__builtin_cpu_supports("avx512vnni")) {
-            best.few[INT8] = &int8_set;
-            best.few[INT4] = &int4_set;
-            best.few[HALVES] = &halves_set;
-#ifdef HAVE_AMX
-            if (best.tiles) {
-                best.batch[INT8] = &int8_batch_set;
-                best.batch[INT4] = &int4_batch_set;
-                best.batch[HALVES] = &halves_batch_set;
-            }
+    }
 #endif
-        }
+#ifdef HAVE_BYTES
+    if (has_bytes()) {
+        best.few[INT8] = &int8_set;
+        best.few[INT4] = &int4_set;
+        best.few[HALVES] = &halves_set;
+    }
 #endif
+#ifdef HAVE_TILES
+    if (has_bytes() && best.tiles) {
+        best.batch[INT8] = &int8_batch_set;
+        best.batch[INT4] = &int4_batch_set;
+        best.batch[HALVES] = &halves_batch_set;
     }
 #endif
 }

@@ -9,9 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && VATTENTION_LANES >= 16 && VATTENTION_DOT > 1 && \
-    (defined(__clang__) || __GNUC__ >= 11)
-#define HAVE_TALL
+#ifdef HAVE_TILES
 #include <immintrin.h>
 #endif
 
@@ -25,7 +23,7 @@ enum { TILE_NBYTES = 1024 };
 enum { SUMS_NBYTES = PAIR_ROWS * COLUMNS * 4 };
 
 int vattention_can_tall(const vattention_weight *weight) {
-#ifdef HAVE_TALL
+#ifdef HAVE_TILES
     return weight->dtype == BFLOAT16 && weight->num_in % TILE_STEPS == 0 && vattention_has_tiles() == 2;
 #else
     (void)weight;
@@ -33,7 +31,7 @@ int vattention_can_tall(const vattention_weight *weight) {
 #endif
 }
 
-#ifdef HAVE_TALL
+#ifdef HAVE_TILES
 #define TALL_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define EXP_TARGET TALL_TARGET
 #include "exp2.h"
@@ -254,7 +252,7 @@ static job job_of(const vattention_weight *weight, int64_t num_rows, int gated, 
 
 /* Bytes that `vattention_tall` works in, from a cache line on. */
 int64_t vattention_tall_nbytes(const vattention_weight *weight, int64_t num_rows, int gated, int32_t num_threads) {
-#ifdef HAVE_TALL
+#ifdef HAVE_TILES
     return num_threads * job_of(weight, num_rows, gated, num_threads).thread_nbytes;
 #else
     (void)weight, (void)num_rows, (void)gated, (void)num_threads;
@@ -267,7 +265,7 @@ int64_t vattention_tall_nbytes(const vattention_weight *weight, int64_t num_rows
 void vattention_tall(const vattention_weight *weight, const void *x, int64_t x_stride, int64_t num_rows, void *y,
                      int32_t y_dtype, const vattention_gating *gating, void *workspace, int32_t num_threads,
                      parallel_fn parallel) {
-#ifdef HAVE_TALL
+#ifdef HAVE_TILES
     job j = job_of(weight, num_rows, gating != NULL, num_threads);
     j.x = x;
     j.x_stride = x_stride;

@@ -16,9 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__linux__) && VATTENTION_LANES >= 16 && VATTENTION_DOT > 1 && \
-    (defined(__clang__) || __GNUC__ >= 11)
-#define HAVE_PREFILL
+#ifdef HAVE_TILES
 #include <immintrin.h>
 #endif
 
@@ -41,7 +39,7 @@ static int64_t scratch_nbytes(const vattention_heads *heads) {
 }
 
 int vattention_can_prefill(const vattention_heads *heads, int32_t dtype) {
-#ifdef HAVE_PREFILL
+#ifdef HAVE_TILES
     return dtype == BFLOAT16 && vattention_has_tiles() == 2 && heads->key_dim % 32 == 0 && heads->value_dim % 32 == 0;
 #else
     (void)heads;
@@ -63,7 +61,7 @@ int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattentio
     return num_spans == 0 ? 0 : most + num_threads * scratch_nbytes(heads);
 }
 
-#ifdef HAVE_PREFILL
+#ifdef HAVE_TILES
 #define PREFILL_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 #define EXP_TARGET PREFILL_TARGET
@@ -190,7 +188,7 @@ void vattention_prefill(const vattention_heads *heads, const vattention_cache *k
                         const vattention_tables *tables, const void *query, int64_t query_row_stride,
                         int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, void *output,
                         void *workspace, int32_t num_threads, parallel_fn parallel) {
-#ifdef HAVE_PREFILL
+#ifdef HAVE_TILES
     for (int64_t i = 0; i < num_spans; i++) {
         const vattention_span *sp = &spans[i];
         job j = {

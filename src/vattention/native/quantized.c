@@ -20,7 +20,6 @@
 #include <string.h>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 #include "halves.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -77,9 +76,9 @@ INLINE void translate_baseline(const uint8_t *line, int8_t *low, int8_t *high) {
 #endif
 #include "quantized_set.h"
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
+#ifdef HAVE_AVX2
 #define SET avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 TARGET INLINE void translate_avx2(const uint8_t *line, int8_t *low, int8_t *high) {
     const __m256i book = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)vattention_code_book));
     const __m256i four = _mm256_set1_epi8(15);
@@ -93,9 +92,9 @@ TARGET INLINE void translate_avx2(const uint8_t *line, int8_t *low, int8_t *high
 #include "quantized_set.h"
 #endif
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
+#ifdef HAVE_AVX512
 #define SET avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define TARGET AVX512_TARGET
 TARGET INLINE void translate_avx512(const uint8_t *line, int8_t *low, int8_t *high) {
     const __m512i book = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)vattention_code_book));
     const __m512i four = _mm512_set1_epi8(15), both = _mm512_loadu_si512(line);
@@ -105,9 +104,7 @@ TARGET INLINE void translate_avx512(const uint8_t *line, int8_t *low, int8_t *hi
 #include "quantized_set.h"
 #endif
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16 && VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 10)
-#define HAVE_PAIRS
-#define PAIRS_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
+#ifdef HAVE_PAIRS
 
 /* Two steps of 16 columns, scaled and rounded. */
 PAIRS_TARGET INLINE void store_pairs(char *out, __m512 even, __m512 odd, __m512 scales, __m512i interleave) {
@@ -197,16 +194,13 @@ PAIRS_TARGET static void unpack_all_pairs(const vattention_weight *weight, const
 static void (*best)(const vattention_weight *, const uint8_t *, const uint8_t *, float *) = unpack_baseline;
 
 __attribute__((constructor)) static void find_best(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef HAVE_AVX2
+    if (has_avx2()) {
         best = unpack_avx2;
     }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifdef HAVE_AVX512
+    if (has_avx512()) {
         best = unpack_avx512;
     }
 #endif

@@ -5,9 +5,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
+#ifdef HAVE_AVX512
 #define SET avx512
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma")))
+#define TARGET AVX512_TARGET
 #define AVX512_SET
 #include "rowwise_set.h"
 #include ROWS
@@ -18,9 +18,9 @@
 #undef JOIN
 #undef JOIN2
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
+#ifdef HAVE_AVX2
 #define SET avx2
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET AVX2_TARGET
 #include "rowwise_set.h"
 #include ROWS
 #undef SET
@@ -36,16 +36,13 @@
 
 /* The best this processor runs. */
 static rows_fn best_rows(void) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-#endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 16
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifdef HAVE_AVX512
+    if (has_avx512()) {
         return rows_avx512;
     }
 #endif
-#if defined(__x86_64__) && VATTENTION_LANES >= 8
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#ifdef HAVE_AVX2
+    if (has_avx2()) {
         return rows_avx2;
     }
 #endif

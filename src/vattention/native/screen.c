@@ -101,9 +101,7 @@ static int64_t find(const screening *s, const void *x, int64_t x_stride, int64_t
 /* Whether this processor can do it. */
 int32_t vattention_can_screen(void) {
 #ifdef HAVE_SCREEN
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    return has_bytes();
 #else
     return 0;
 #endif

@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__x86_64__) && VATTENTION_LANES >= 16 && VATTENTION_DOT && (defined(__clang__) || __GNUC__ >= 11)
+/* Some of it is for matrix tiles, which fewer compilers know than bytes. */
+#if defined(HAVE_BYTES) && (defined(__clang__) || __GNUC__ >= 11)
 #define HAVE_SCREEN
 #endif
 
