@@ -195,6 +195,21 @@ def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
     assert refusal.value.param == "prompt"
 
 
+def test_bad_words_and_allowed_tokens(llm: LLM) -> None:
+    tokenizer = llm.get_tokenizer()
+    (free,) = llm.generate("hello", GREEDY, use_tqdm=False)
+    pair = free.outputs[0].token_ids[1:3]
+    params = GREEDY.clone()
+    params.bad_words = [tokenizer.decode(pair)]
+    assert tokenizer.encode(params.bad_words[0], add_special_tokens=False) == pair
+    (other,) = llm.generate("hello", params, use_tqdm=False)
+    assert other.outputs[0].token_ids[:2] == free.outputs[0].token_ids[:2]
+    assert other.outputs[0].token_ids[2] != pair[1]
+    allowed = SamplingParams(max_tokens=20, seed=1, allowed_token_ids=[40, 50, 60])
+    (few,) = llm.generate("hello", allowed, use_tqdm=False)
+    assert set(few.outputs[0].token_ids) == {40, 50, 60}
+
+
 def test_structured_outputs_are_what_they_have_to_be(llm: LLM) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
     kinds: list[dict[str, Any]] = [

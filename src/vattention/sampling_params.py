@@ -39,6 +39,8 @@ class SamplingParams:
             once per occurrence.
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
         logit_bias: token id to a number added to its logit.
+        allowed_token_ids: the only tokens that may be chosen; all where there are none.
+        bad_words: texts that are not to be generated: the last token of one is impossible behind its others.
         logprobs: alternatives to report per generated token; 0 reports the chosen one only, None nothing.
         prompt_logprobs: the same for the prompt's tokens.
         skip_special_tokens: leave special tokens out of the text.
@@ -76,6 +78,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] = ()
+    bad_words: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -92,7 +96,9 @@ class SamplingParams:
             self._constrain(structured_outputs)
         stop = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", () if self.stop_token_ids is None else self.stop_token_ids)
+        for name in ("stop_token_ids", "allowed_token_ids", "bad_words"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
         object.__setattr__(self, "logit_bias", _by_token(self.logit_bias))
         _fit(self)
         self._check("n", self.n >= 1, "at least 1")
@@ -113,6 +119,7 @@ class SamplingParams:
         for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"in 0 to {MAX_LOGPROBS}")
         self._check("stop", all(self.stop), "non-empty strings")
+        self._check("bad_words", all(word.strip() for word in self.bad_words), "non-empty strings")
         self._check(
             "logit_bias",
             all(k >= 0 and -100.0 <= v <= 100.0 for k, v in self.logit_bias.items()),

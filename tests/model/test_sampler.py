@@ -46,6 +46,8 @@ def reference(logits: torch.Tensor, wanted: SampleRow) -> NDArray[np.float64]:
     """The exact probabilities of the next token, step by step over plain lists."""
     params = wanted.params
     x = [float(v) for v in logits]
+    if params.allowed_token_ids:
+        x = [v if token in params.allowed_token_ids else -math.inf for token, v in enumerate(x)]
     if len(wanted.output_token_ids) < params.min_tokens:
         for token in {*wanted.end_token_ids, *params.stop_token_ids}:
             x[token] = -math.inf
@@ -94,6 +96,8 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_k": 20, "top_p": 0.5},
     {"min_p": 0.1, "top_p": 0.6, "temperature": 3.0},
     {"logit_bias": {4: 3.5, 9: -100.0}},
+    {"allowed_token_ids": [4, 9, 11, 30], "repetition_penalty": 1.5},
+    {"allowed_token_ids": [4, 9, 11], "temperature": 0.0},
     {"logit_bias": {4: 100.0}, "temperature": 0.0},
     {"presence_penalty": 1.5},
     {"frequency_penalty": -1.2},
@@ -337,10 +341,30 @@ def test_an_empty_batch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "name"), [({"logit_bias": {VOCAB: 1.0}}, "logit_bias"), ({"stop_token_ids": [-1]}, "stop_token_ids")]
+    ("params", "name"),
+    [
+        ({"logit_bias": {VOCAB: 1.0}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+    ],
 )
 def test_token_ids_out_of_range_are_refused(params: dict[str, Any], name: str) -> None:
     with pytest.raises(RequestError, match=f"{name}.*0 to {VOCAB - 1}") as caught:
         validate(SamplingParams(**params), VOCAB)
     assert caught.value.param == name
     validate(SamplingParams(logit_bias={VOCAB - 1: 1.0}, stop_token_ids=[0]), VOCAB)
+
+
+def test_the_last_token_of_a_bad_word_is_impossible_behind_the_others() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[7, 8, 9, 10]] = torch.tensor([9.0, 8.0, 7.0, 6.0])
+    params = SamplingParams(temperature=0.0, bad_words=["named here, and below as tokens"])
+
+    def chosen(output: list[int], *bad_words: list[int]) -> int:
+        return sample_one(logits, SampleRow(params, 0, PROMPT, output, END, None, bad_words)).token_id
+
+    assert chosen([], [7], [5, 8]) == 8
+    assert chosen([5], [7], [5, 8]) == 9
+    assert chosen([4, 5], [7], [5, 8], [4, 5, 9]) == 10
+    assert chosen([5, 4], [7], [5, 8], [4, 5, 9]) == 8
+    assert chosen([5], [7], [*PROMPT[-1:], 5, 8]) == 8  # of the prompt nothing counts

@@ -162,6 +162,7 @@ def test_the_best_of_several_samples(client: openai.OpenAI, chat: bool) -> None:
         ({"structured_outputs": {"json": '{"type": "boolean"}'}}, "true|false"),
         ({"guided_json": {"type": "boolean"}}, "true|false"),
         ({"guided_regex": "[0-9]{3}"}, "[0-9]{3}"),
+        ({"allowed_token_ids": [68, 69], "bad_words": ["b"]}, "a+"),
         ({"guided_choice": ["good", "bad"]}, "good|bad"),
         ({"guided_grammar": 'start: "a" "b"'}, "ab"),
     ],

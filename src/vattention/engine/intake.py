@@ -73,6 +73,7 @@ class Intake:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=self._parts.end_token_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
+            bad_words=self.bad_words(params),
             grammar=self.grammar(params),
             cache_salt=_cache_salt(prompt, params, arrival),
         )
@@ -88,6 +89,21 @@ class Intake:
     def arrival(self) -> int:
         """The number of a request that arrives now."""
         return next(self._arrivals)
+
+    def bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """A request's bad words as tokens: each as it begins a text, and behind a space.
+
+        Raises:
+            RequestError: there is no tokenizer.
+        """
+        if not params.bad_words:
+            return []
+        tokenizer = self._parts.tokenizer
+        if tokenizer is None:
+            raise RequestError("bad_words need a tokenizer; this engine serves token ids only", param="bad_words")
+        texts = [before + word.lstrip() for word in params.bad_words for before in ("", " ")]
+        encoded = {tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts}
+        return [list(token_ids) for token_ids in sorted(encoded) if token_ids]
 
     def grammar(self, params: SamplingParams) -> Grammar | None:
         """What a request's texts have to be; None for anything.

@@ -21,6 +21,7 @@ class Request:
         arrival: counts requests; within a priority the earlier goes first.
         max_tokens: of each sequence, already cut to the context's end.
         end_token_ids: the model's end tokens.
+        bad_words: those of the parameters, as tokens.
         grammar: what its samples' texts have to be; None for anything.
         cache_salt: requests share prefixes only with those of the same salt.
         beams: of a beam search; None for samples. `sequences` are then those of the group.
@@ -37,6 +38,7 @@ class Request:
     max_tokens: int
     end_token_ids: frozenset[int]
     metrics: RequestMetrics
+    bad_words: list[list[int]] = field(default_factory=list)
     grammar: Grammar | None = None
     cache_salt: str = ""
     sequences: list[Sequence] = field(default_factory=list)

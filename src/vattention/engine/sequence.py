@@ -95,6 +95,7 @@ class Sequence:
                 prompt_token_ids=self.request.prompt_token_ids,
                 output_token_ids=self.output_token_ids,
                 end_token_ids=self.request.end_token_ids,
+                bad_words=self.request.bad_words,
                 mask=None if self.request.grammar is None else self.request.grammar.mask(),
             )
         return self._sample_row

@@ -145,6 +145,7 @@ class Suspender:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_token_ids=self._parts.end_token_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
+            bad_words=self._intake.bad_words(params),
             grammar=self._intake.grammar(params),
             cache_salt=record["cache_salt"],
             prompt_logprobs=_logprobs_from(record["prompt_logprobs"]),

@@ -15,6 +15,8 @@ def needs_adjustment(params: SamplingParams, num_output_tokens: int) -> bool:
     return bool(
         num_output_tokens < params.min_tokens
         or params.logit_bias
+        or params.allowed_token_ids
+        or params.bad_words
         or params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0
         or params.frequency_penalty != 0.0
@@ -27,15 +29,25 @@ def adjust(
     prompt_token_ids: Sequence[int],
     output_token_ids: Sequence[int],
     end_token_ids: frozenset[int],
+    bad_words: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Apply min_tokens, logit_bias and the repetition, presence and frequency penalties, in this order, in place.
+    """Apply allowed_token_ids, bad_words, min_tokens, logit_bias and the repetition, presence and frequency penalties, in this order, in place.
 
     Args:
         row: [V] logits.
+        bad_words: as tokens; of each the last is impossible behind the others.
         end_token_ids: impossible, together with `params.stop_token_ids`, before `params.min_tokens`.
 
     The repetition penalty is that of Keskar et al., "CTRL" (2019), section 4.1, on tokens of prompt and output.
     """
+    if params.allowed_token_ids:
+        allowed = list(params.allowed_token_ids)
+        kept = row[allowed]
+        row[:] = -np.inf
+        row[allowed] = kept
+    for *before, last in bad_words:
+        if not before or list(output_token_ids[-len(before) :]) == before:
+            row[last] = -np.inf
     if len(output_token_ids) < params.min_tokens:
         row[[*end_token_ids, *params.stop_token_ids]] = -np.inf
     for token, bias in params.logit_bias.items():

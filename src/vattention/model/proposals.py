@@ -69,7 +69,7 @@ def _adjusted(logits: torch.Tensor, rows: Sequence[SampleRow]) -> torch.Tensor:
     for i in changed:
         own = logits[i].cpu().numpy()
         row = rows[i]
-        adjust(own, row.params, row.prompt_token_ids, row.output_token_ids, row.end_token_ids)
+        adjust(own, row.params, row.prompt_token_ids, row.output_token_ids, row.end_token_ids, row.bad_words)
         logits[i] = torch.from_numpy(own)
     return logits
 

@@ -2,7 +2,7 @@
 
 Sampling keeps no state: a draw is determined by the sequence's seed, the number of its tokens and its own logits,
 so neither the rest of the batch nor preemption can change a sample. The order is vLLM's: logprobs from the logits
-as they come, then min_tokens, logit_bias, penalties, the grammar, temperature, min_p, top_k, top_p.
+as they come, then allowed_token_ids, bad_words, min_tokens, logit_bias, penalties, the grammar, temperature, min_p, top_k, top_p.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class SampleRow:
         seed: the sequence's own; an integer of any size.
         prompt_token_ids, output_token_ids: its tokens so far; these may grow.
         end_token_ids: the model's end tokens, impossible before `params.min_tokens`.
+        bad_words: those of the parameters, as tokens.
         mask: what its grammar allows; None without a grammar.
     """
 
@@ -41,6 +42,7 @@ class SampleRow:
     output_token_ids: Sequence[int]
     end_token_ids: frozenset[int]
     mask: GrammarMask | None = None
+    bad_words: Sequence[Sequence[int]] = ()
     _plain_from: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -126,7 +128,11 @@ def validate(params: SamplingParams, vocab_size: int) -> None:
     Raises:
         RequestError: one is out of range.
     """
-    for name, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, token_ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("allowed_token_ids", params.allowed_token_ids),
+    ):
         wrong = next((t for t in token_ids if not 0 <= t < vocab_size), None)
         if wrong is not None:
             raise RequestError(
@@ -147,7 +153,14 @@ def _choose(logits: torch.Tensor, wanted: SampleRow, likeliest: int, largest: fl
     raw = row = _host(logits)
     if wanted.is_adjusted:
         row = raw.copy()
-        adjust(row, params, wanted.prompt_token_ids, wanted.output_token_ids, wanted.end_token_ids)
+        adjust(
+            row,
+            params,
+            wanted.prompt_token_ids,
+            wanted.output_token_ids,
+            wanted.end_token_ids,
+            wanted.bad_words,
+        )
         if wanted.mask is not None:
             try:
                 wanted.mask.apply(row, wanted.output_token_ids)
@@ -173,8 +186,8 @@ def logits_error(largest: float) -> VAttentionError | None:
         return None
     if largest == -math.inf:
         return VAttentionError(
-            "no token is left to choose: every logit is -inf; logit_bias, or min_tokens with stop_token_ids, may "
-            "forbid them all"
+            "no token is left to choose: every logit is -inf; allowed_token_ids, bad_words, logit_bias, or min_tokens "
+            "with stop_token_ids, may forbid them all"
         )
     return VAttentionError(
         f"the model computed {largest} as a logit; a dtype with more range may help, such as dtype='float32' or "

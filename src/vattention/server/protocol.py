@@ -135,8 +135,6 @@ class SamplingBody(ModelBody):
 
     ignored: ClassVar[frozenset[str]] = frozenset({"user", "service_tier"})
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "allowed_token_ids": (),
-        "bad_words": ([],),
         "guided_decoding_backend": (),
         "kv_transfer_params": (),
         "repetition_detection": (),
@@ -155,6 +153,8 @@ class SamplingBody(ModelBody):
     stop_token_ids: list[TokenId] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    allowed_token_ids: list[TokenId] = Field(default_factory=list)
+    bad_words: list[Text] = Field(default_factory=list)
     min_tokens: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -190,6 +190,8 @@ class SamplingBody(ModelBody):
         "stop_token_ids",
         "include_stop_str_in_output",
         "ignore_eos",
+        "allowed_token_ids",
+        "bad_words",
         "min_tokens",
         "presence_penalty",
         "frequency_penalty",
