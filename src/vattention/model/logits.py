@@ -31,7 +31,8 @@ def adjust(
     end_token_ids: frozenset[int],
     bad_words: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Apply allowed_token_ids, bad_words, min_tokens, logit_bias and the repetition, presence and frequency penalties, in this order, in place.
+    """Apply allowed_token_ids, bad_words, min_tokens, logit_bias and the repetition, presence and frequency
+    penalties, in this order, in place.
 
     Args:
         row: [V] logits.

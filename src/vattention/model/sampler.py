@@ -2,7 +2,8 @@
 
 Sampling keeps no state: a draw is determined by the sequence's seed, the number of its tokens and its own logits,
 so neither the rest of the batch nor preemption can change a sample. The order is vLLM's: logprobs from the logits
-as they come, then allowed_token_ids, bad_words, min_tokens, logit_bias, penalties, the grammar, temperature, min_p, top_k, top_p.
+as they come, then allowed_token_ids, bad_words, min_tokens, logit_bias, penalties, the grammar, temperature, min_p,
+top_k, top_p.
 """
 
 from __future__ import annotations
@@ -186,8 +187,8 @@ def logits_error(largest: float) -> VAttentionError | None:
         return None
     if largest == -math.inf:
         return VAttentionError(
-            "no token is left to choose: every logit is -inf; allowed_token_ids, bad_words, logit_bias, or min_tokens "
-            "with stop_token_ids, may forbid them all"
+            "no token is left to choose: every logit is -inf; allowed_token_ids, bad_words, logit_bias, or "
+            "min_tokens with stop_token_ids, may forbid them all"
         )
     return VAttentionError(
         f"the model computed {largest} as a logit; a dtype with more range may help, such as dtype='float32' or "
