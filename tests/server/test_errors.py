@@ -202,6 +202,13 @@ def test_a_full_queue(serve_app: Serve, path: str, stream: bool) -> None:
     assert response.headers["Retry-After"] == "2"
 
 
+def test_more_prompts_than_any_queue_holds_are_not_sent_again(serve_app: Serve) -> None:
+    server = serve_app(FakeEngine(max_queue=2))
+    error = error_of(post(server, "/v1/completions", {"prompt": ["a"] * 131}), 400)
+    assert error["param"] == "prompt"
+    assert "131 prompts is more than run and wait at a time, which is 130" in error["message"]
+
+
 def test_a_queue_that_fills_midway_frees_the_prompts_before(serve_app: Serve) -> None:
     server = serve_app(FakeEngine(max_queue=2))
     error_of(post(server, "/v1/completions", {"prompt": ["a", "b", "c"]}), 429)

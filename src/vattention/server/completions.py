@@ -93,6 +93,7 @@ class _Completion:
     async def _outputs(self) -> AbstractAsyncContextManager[AsyncIterator[tuple[int, RequestOutput]]]:
         """Check everything, and submit all prompts."""
         body, service = self._body, self._service
+        service.check_count(len(body.prompt))
         params = self._params()
         prompts: list[list[int]] = []
         for prompt in body.prompt:

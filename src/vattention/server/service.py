@@ -73,6 +73,19 @@ class Service:
                 param=param,
             )
 
+    def check_count(self, num_prompts: int) -> None:
+        """Raises:
+        RequestError: so many prompts would not fit into an empty queue either, however often they are sent.
+        """
+        config = self.engine.config
+        most = config.max_num_seqs + config.max_queue
+        if num_prompts > most:
+            raise RequestError(
+                f"a request of {num_prompts:,} prompts is more than run and wait at a time, which is {most:,} "
+                f"(max_num_seqs={config.max_num_seqs}, max_queue={config.max_queue}): send fewer, raise max_queue",
+                param="prompt",
+            )
+
     async def in_worker(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.worker, work)
 
