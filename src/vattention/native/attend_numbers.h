@@ -23,9 +23,9 @@ TARGET INLINE NAME(words) NAME(load_words)(const void *x, int64_t nbytes) {
 #endif
 }
 
-TARGET INLINE NAME(floats) NAME(choose)(NAME(ints) condition, NAME(floats) yes, NAME(floats) no) {
-    return (NAME(floats))((condition & (NAME(ints))yes) | (~condition & (NAME(ints))no));
-}
+#define FLOATS NAME(floats)
+#define INTS NAME(ints)
+#include "exp.h"
 
 /* float32 from the float16 in the lower half of each word. */
 TARGET INLINE NAME(floats) NAME(from_half)(NAME(words) half) {
@@ -62,24 +62,10 @@ TARGET INLINE NAME(words) NAME(to_bfloat16)(NAME(floats) x) {
     return (((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16) & ~nan) | (((bits >> 16) | 0x40u) & nan);
 }
 
-/* e^x for x <= 0, as 2^n e^r with |r| <= ln(2) / 2 and e^r by its Taylor series, good to float32's rounding. Results
- * too small for a normal number are 0. */
-TARGET INLINE NAME(floats) NAME(exp)(NAME(floats) x) {
-    const float log2e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-    const NAME(ints) tiny = (NAME(ints))(x < -87.0f);
-    x = NAME(choose)(tiny, (NAME(floats)){0}, x);
-    /* Adding and taking away 1.5 * 2^23 rounds to a whole number. */
-    const NAME(floats) n = (x * log2e + 12582912.0f) - 12582912.0f;
-    const NAME(floats) r = (x - n * ln2_high) - n * ln2_low;
-    NAME(floats) e = r * (1.0f / 5040) + 1.0f / 720;
-    e = e * r + 1.0f / 120;
-    e = e * r + 1.0f / 24;
-    e = e * r + 1.0f / 6;
-    e = e * r + 0.5f;
-    e = e * r + 1.0f;
-    e = e * r + 1.0f;
-    const NAME(ints) power = (__builtin_convertvector(n, NAME(ints)) + 127) << 23;
-    return NAME(choose)(tiny, (NAME(floats)){0}, e * (NAME(floats))power);
+/* e^x for x <= 0. Results too small for a normal number are 0. */
+TARGET INLINE NAME(floats) NAME(exp_below)(NAME(floats) x) {
+    const NAME(ints) tiny = (NAME(ints))(x < -EXP_MOST);
+    return NAME(choose)(tiny, (NAME(floats)){0}, NAME(exp)(NAME(choose)(tiny, (NAME(floats)){0}, x)));
 }
 
 /* tanh, near 0 by J. H. Lambert's continued fraction, whose relative error below 1 is 1e-9, elsewhere by e^-2|x|. */
@@ -87,7 +73,7 @@ TARGET INLINE NAME(floats) NAME(tanh)(NAME(floats) x) {
     const NAME(floats) z = x * x;
     const NAME(floats) near = x * (10395.0f + z * (1260.0f + z * 21.0f)) / (10395.0f + z * (4725.0f + z * (210.0f + z)));
     const NAME(floats) positive = (NAME(floats))((NAME(words))x & 0x7fffffffu);
-    const NAME(floats) e = NAME(exp)(positive * -2.0f);
+    const NAME(floats) e = NAME(exp_below)(positive * -2.0f);
     const NAME(words) sign = (NAME(words))x & 0x80000000u;
     const NAME(floats) far = (NAME(floats))((NAME(words))((1.0f - e) / (1.0f + e)) | sign);
     return NAME(choose)((NAME(ints))(z < 1.0f), near, far);

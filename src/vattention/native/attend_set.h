@@ -39,7 +39,7 @@ TARGET static void NAME(fold)(state into, state from, int64_t n, int64_t padded_
         NAME(floats) *max = (NAME(floats) *)(into.max + row), *total = (NAME(floats) *)(into.total + row);
         const NAME(floats) other = *(const NAME(floats) *)(from.max + row);
         const NAME(floats) most = NAME(choose)((NAME(ints))(other > *max), other, *max);
-        const NAME(floats) keep = NAME(exp)(*max - most), add = NAME(exp)(other - most);
+        const NAME(floats) keep = NAME(exp_below)(*max - most), add = NAME(exp_below)(other - most);
         *total = *total * keep + *(const NAME(floats) *)(from.total + row) * add;
         *max = most;
         for (int64_t i = row; i < n && i < row + LANES; i++) {

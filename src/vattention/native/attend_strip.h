@@ -103,7 +103,7 @@ TARGET INLINE void NAME(softmax)(const vattention_heads *heads, float *scores, i
         most = largest[lane] > most ? largest[lane] : most;
     }
     for (int64_t j = from; j < until; j += LANES) {
-        const NAME(floats) weights = NAME(exp)(*(NAME(floats) *)(scores + j) - most);
+        const NAME(floats) weights = NAME(exp_below)(*(NAME(floats) *)(scores + j) - most);
         *(NAME(floats) *)(scores + j) = weights;
         sum += weights;
     }
