@@ -77,13 +77,13 @@ class Backend:
 
 def _host(page_nbytes: int | None = None) -> Backend:
     driver = HostDriver(page_nbytes)
-    return Backend(driver, lambda: os.fstat(driver._fd).st_blocks * 512)
+    return Backend(driver, lambda: os.fstat(driver._file.fd).st_blocks * 512)
 
 
 def _host_without_populate() -> Backend:
     backend = _host()
     assert isinstance(backend.driver, HostDriver)
-    backend.driver._populates = False
+    backend.driver._file._populates = False
     return backend
 
 

@@ -59,7 +59,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.driver = HostDriver()
-        self.backend = Backend(self.driver, lambda: os.fstat(self.driver._fd).st_blocks * 512)
+        self.backend = Backend(self.driver, lambda: os.fstat(self.driver._file.fd).st_blocks * 512)
         self.pool = PagePool(self.driver, 256 * PAGE)
         self.region = Region(self.driver, self.pool, 256 * PAGE)
 
@@ -228,7 +228,7 @@ def test_what_a_forked_child_gives_back_stays_where_it_is(bench: Bench) -> None:
 
 
 def test_the_file_is_closed_in_programs_that_are_started(bench: Bench) -> None:
-    assert not os.get_inheritable(bench.driver._fd)
+    assert not os.get_inheritable(bench.driver._file.fd)
 
 
 def test_without_addresses_the_error_names_ulimit() -> None:
@@ -278,7 +278,7 @@ def test_other_systems_get_one_clear_sentence(monkeypatch: pytest.MonkeyPatch) -
 def test_large_pages_are_aligned_and_whole() -> None:
     page = 2 * 2**20
     driver = HostDriver(page)
-    backend = Backend(driver, lambda: os.fstat(driver._fd).st_blocks * 512)
+    backend = Backend(driver, lambda: os.fstat(driver._file.fd).st_blocks * 512)
     start = driver.reserve(8 * page)
     assert start % page == 0
     addresses, handles = backend.mapped(start, [1, 2, 5])
@@ -324,7 +324,7 @@ class Trap:
 def test_committing_that_fails_half_way_gives_its_memory_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, populates: bool, nth: int, code: int
 ) -> None:
-    bench.driver._populates = populates
+    bench.driver._file._populates = populates
     bench.region.commit(at(5))
     bench.write(at(5), [1])
     trap = Trap(monkeypatch, "madvise" if populates else "allocate", nth, code)

@@ -23,14 +23,11 @@ import numpy as np
 
 from vattention.errors import ConfigError, DriverError, OutOfMemoryError
 from vattention.memory import budget, libc
-from vattention.memory.advice import advice_for, knows_populate
 from vattention.memory.driver import Capabilities, IntArray, MemoryInfo
+from vattention.memory.page_file import PageFile
 from vattention.memory.runs import runs
 from vattention.memory.shortage import mapping_refusal, refusal, reservation_refusal
 from vattention.memory.table import Table
-
-_ALIVE, _RESIDENT, _OVERFLOW = 1, 2, 4
-"""What is known of a page of the file: created; memory is behind it; not the home of any address."""
 
 _MAPPINGS_FRACTION = 0.8
 """Of `vm.max_map_count`; the rest is for libraries, thread stacks and everybody else in the process."""
@@ -67,21 +64,14 @@ class HostDriver:
             max_mappings=int(max_map_count * _MAPPINGS_FRACTION),
             exportable=True,
         )
-        self._advice = advice_for(self._page_nbytes)
-        self._populates = knows_populate()
-        self._fd = os.memfd_create("vattention", os.MFD_CLOEXEC)
-        self._file_pages = 0
-        self._state: Table[np.uint8] = Table(1, np.uint8)  # per page of the file
+        self._file = PageFile(self._page_nbytes, granularity)
         self._shift: Table[np.int64] = Table(1, np.int64)  # per home: page of the file mapped there, minus home
-        self._free_overflow: list[int] = []
-        self._num_overflow = 0
         self._num_mappings = 0
-        self._process = os.getpid()
         self._ranges: dict[int, int] = {}
         self._first_pages: dict[int, int] = {}
         self._starts = np.empty(0, np.int64)
         self._homes = np.empty(0, np.int64)
-        self._give_back = weakref.finalize(self, _give_back, self._fd, self._ranges, self._process)
+        self._give_back = weakref.finalize(self, _give_back, self._file.fd, self._ranges, self._file.process)
         # At exit the system takes everything back by itself, while other threads may still be using it.
         self._give_back.atexit = False
 
@@ -106,7 +96,7 @@ class HostDriver:
             raise DriverError("reserve", errno.EINVAL, f"{nbytes} bytes are no multiple of {self._page_nbytes}")
         self._check_process("reserve")
         slack = self._page_nbytes - self._capabilities.granularity
-        first = self._file_pages
+        first = self._file.num_pages
         with ExitStack() as undo:
             try:
                 start = libc.mmap(
@@ -116,9 +106,11 @@ class HostDriver:
                     libc.MAP_PRIVATE | libc.MAP_ANONYMOUS | libc.MAP_NORESERVE,
                 )
                 undo.callback(libc.munmap, start, nbytes + slack)
-                self._extend(nbytes // self._page_nbytes + 1)  # one that stays unused: see `_count_edges`
+                num_pages = nbytes // self._page_nbytes + 1  # one that stays unused: see `_count_edges`
+                self._shift.grow(first + num_pages)
+                self._file.extend(num_pages)
                 address = -(-start // self._page_nbytes) * self._page_nbytes
-                self._map_file(address, first, nbytes // self._page_nbytes)
+                self._file.map(address, first, nbytes // self._page_nbytes)
                 if address > start:
                     libc.munmap(start, address - start)
                 if start + slack > address:
@@ -136,7 +128,7 @@ class HostDriver:
         if address not in self._ranges:
             raise DriverError("free", errno.EINVAL, f"no range begins at {address:#x}")
         try:
-            _munmap(address, self._ranges[address], self._process)
+            _munmap(address, self._ranges[address], self._file.process)
         except OSError as error:
             raise refusal("munmap", error, self._ranges[address]) from error
         del self._ranges[address], self._first_pages[address]
@@ -145,13 +137,8 @@ class HostDriver:
 
     def create(self, addresses: IntArray) -> IntArray:
         self._check_process("create")
-        handles = self._home(addresses)
         # A page may outlive its mapping at home, behind other addresses.
-        taken = self._state.values[handles] != 0
-        if num_taken := np.count_nonzero(taken):
-            handles[taken] = self._take_overflow(int(num_taken))
-        self._state.values[handles] |= _ALIVE
-        return handles
+        return self._file.create(self._home(addresses))
 
     def map(self, addresses: IntArray, handles: IntArray) -> None:
         self._check_process("map")
@@ -163,16 +150,7 @@ class HostDriver:
     def set_access(self, addresses: IntArray) -> None:
         self._check_process("set_access")
         homes = self._home(addresses)
-        pages = homes + self._shift.values[homes]
-        commit = self._populate if self._populates else self._touch
-        for start, count in runs(addresses, self._page_nbytes):
-            try:
-                commit(int(addresses[start]), pages[start : start + count])
-            except OSError as error:
-                fresh = np.unique(pages[(self._state.values[pages] & _RESIDENT) == 0])
-                self._punch(fresh)
-                raise refusal("commit", error, len(addresses) * self._page_nbytes) from error
-        self._state.values[pages] |= _RESIDENT
+        self._file.commit(addresses, homes + self._shift.values[homes])
 
     def unmap(self, addresses: IntArray) -> None:
         aliases = self._shift.values[self._home(addresses)] != 0
@@ -181,27 +159,21 @@ class HostDriver:
             self._remap(there, np.zeros_like(there))
 
     def release(self, handles: IntArray) -> None:
-        pages = np.sort(handles)
-        self._punch(pages)
-        self._state.values[pages] &= _OVERFLOW
-        self._free_overflow += pages[self._state.values[pages] == _OVERFLOW].tolist()
+        self._file.release(handles)
 
     def export(self, handle: int) -> int:
-        try:
-            return os.dup(self._fd)
-        except OSError as error:
-            raise refusal("dup", error, 0) from error
+        return self._file.export()
 
     def close(self) -> None:
         self._give_back()
 
     def _check_process(self, operation: str) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._file.process:
             raise DriverError(
                 operation,
                 errno.EPERM,
-                f"the memory is that of process {self._process}, from which this one was forked; make the cache in "
-                "the process that uses it, or start processes with the method 'spawn'",
+                f"the memory is that of process {self._file.process}, from which this one was forked; make the "
+                "cache in the process that uses it, or start processes with the method 'spawn'",
             )
 
     def _home(self, addresses: IntArray) -> IntArray:
@@ -214,31 +186,6 @@ class HostDriver:
         self._starts = np.array(sorted(self._ranges), np.int64)
         first_pages = np.array([self._first_pages[address] for address in sorted(self._ranges)], np.int64)
         self._homes = first_pages - self._starts // self._page_nbytes
-
-    def _extend(self, num_pages: int) -> None:
-        """Lengthen the file and the tables over it."""
-        total = self._file_pages + num_pages
-        self._state.grow(total)
-        self._shift.grow(total)
-        os.ftruncate(self._fd, total * self._page_nbytes)
-        self._file_pages = total
-
-    def _take_overflow(self, count: int) -> list[int]:
-        """Pages of the file that are no address's home."""
-        lacking = count - len(self._free_overflow)
-        if lacking > 0:
-            first, more = self._file_pages, max(lacking, self._num_overflow, 64)
-            try:
-                self._extend(more)
-            except OSError as error:
-                raise refusal("ftruncate", error, more * self._page_nbytes) from error
-            self._state.values[first : first + more] = _OVERFLOW
-            self._num_overflow += more
-            self._free_overflow += range(first, first + more)
-        # In the order of the file, so that what is mapped together is a mapping together.
-        taken = sorted(self._free_overflow[-count:])
-        del self._free_overflow[-count:]
-        return taken
 
     def _remap(self, addresses: IntArray, shifts: IntArray) -> None:
         """Map the pages of the file `shifts` away from home behind the addresses; all or none."""
@@ -256,7 +203,7 @@ class HostDriver:
             undo.callback(self._map_back, addresses, before)
             for start, count in runs(homes, 1, shifts):
                 try:
-                    self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
+                    self._file.map(int(addresses[start]), int(homes[start] + shifts[start]), count)
                 except OSError as error:
                     raise mapping_refusal(len(addresses) * self._page_nbytes, error) from error
             undo.pop_all()
@@ -265,23 +212,7 @@ class HostDriver:
     def _map_back(self, addresses: IntArray, shifts: IntArray) -> None:
         homes = self._home(addresses)
         for start, count in runs(homes, 1, shifts):
-            self._map_file(int(addresses[start]), int(homes[start] + shifts[start]), count)
-
-    def _map_file(self, address: int, page: int, count: int) -> None:
-        if os.getpid() != self._process:
-            return
-        nbytes = count * self._page_nbytes
-        libc.mmap(
-            address,
-            nbytes,
-            libc.PROT_READ_WRITE,
-            libc.MAP_SHARED | libc.MAP_NORESERVE | libc.MAP_FIXED,
-            self._fd,
-            page * self._page_nbytes,
-        )
-        # The same advice everywhere, or the kernel could not merge neighbours into one mapping again.
-        for advice in self._advice:
-            libc.madvise(address, nbytes, advice)
+            self._file.map(int(addresses[start]), int(homes[start] + shifts[start]), count)
 
     def _count_edges(self, pages: IntArray) -> int:
         """At how many of these pages a kernel mapping ends and another begins: where the shift changes.
@@ -302,26 +233,6 @@ class HostDriver:
                 f"{allowed} are in use; raise the system's vm.max_map_count (sysctl), of which a KV cache takes "
                 f"{_MAPPINGS_FRACTION:.0%}",
             )
-
-    def _populate(self, address: int, pages: IntArray) -> None:
-        libc.madvise(address, len(pages) * self._page_nbytes, libc.MADV_POPULATE_WRITE)
-
-    def _touch(self, address: int, pages: IntArray) -> None:
-        """What `_populate` does, for kernels before 5.14."""
-        in_order = np.unique(pages)
-        for start, count in runs(in_order, 1):
-            libc.allocate(self._fd, int(in_order[start]) * self._page_nbytes, count * self._page_nbytes)
-        libc.touch(address, len(pages) * self._page_nbytes, self._capabilities.granularity)
-
-    def _punch(self, pages: IntArray) -> None:
-        if os.getpid() != self._process:
-            return
-        for start, count in runs(pages, 1):
-            offset, nbytes = int(pages[start]) * self._page_nbytes, count * self._page_nbytes
-            try:
-                libc.punch_hole(self._fd, offset, nbytes)
-            except OSError as error:
-                raise refusal("fallocate", error, nbytes) from error
 
 
 def _give_back(fd: int, ranges: dict[int, int], process: int) -> None:
