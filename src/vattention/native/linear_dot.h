@@ -67,8 +67,7 @@ static const tile_fn dot_tiles[] = {dot_1, dot_2, dot_3, dot_4,  dot_5,  dot_6,
                                     dot_7, dot_8, dot_9, dot_10, dot_11, dot_12};
 static const tile_set dot_set = {.tiles = dot_tiles, .tile_rows = 12};
 
-#if VATTENTION_DOT > 1 && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 11)
-#define HAVE_AMX
+#ifdef HAVE_TILES
 #define AMX_TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")))
 
 enum { AMX_ROWS = 32, AMX_AHEAD = 512 };

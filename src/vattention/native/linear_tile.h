@@ -1,4 +1,4 @@
-/* One instruction set's tiles, y[rows, 32] = x[rows, K] panel[K, 32]; included once for each by linear.c with
+/* One instruction set's tiles, y[rows, 32] = x[rows, K] panel[K, 32]; included once for each by linear_sets.h with
  *   SET        a name
  *   LANES      float32 numbers in a vector register
  *   TILE_ROWS  most rows whose sums fit into the registers

@@ -1,4 +1,4 @@
-/* A batch of decodes times a quantized panel by matrix tiles of bytes (AMX); included by linear.c.
+/* A batch of decodes times a quantized panel by matrix tiles of bytes (AMX); included by linear_sets.h.
  *
  * x is taken as quantized_few.h has it. Of each group tiles make 16 rows' sums for the upper and the lower bytes, which
  * vectors put together and scale while the tiles are at the next group.

@@ -1,4 +1,4 @@
-/* Few rows times a quantized panel, on processors that sum products of bytes (AVX512_VNNI); included by linear.c.
+/* Few rows times a quantized panel, on processors that sum products of bytes (AVX512_VNNI); included by linear_sets.h.
  *
  * Numbers of bfloat16 are taken as whole ones of 15 bits times a power of two, the same for a group: those down to a
  * 64th of a group's largest are exact, and smaller ones off by 2^-15 of that. Their upper and lower bytes are two
