@@ -14,11 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vattention.config import EngineConfig
 from vattention.core import Prompt
 from vattention.engine.draws import Draws, sample
+from vattention.engine.forward import Forward
 from vattention.engine.intake import Intake
 from vattention.engine.parts import Parts
 from vattention.engine.plan import Plan
@@ -31,7 +30,6 @@ from vattention.engine.stats import EngineStatistics, Stats, StatsListener
 from vattention.engine.suspend import Suspender
 from vattention.errors import EngineStoppedError, RequestError
 from vattention.kv.manager import KVManager
-from vattention.model.predictions import Predictions
 from vattention.model.tokenizer import Tokenizer
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
@@ -53,6 +51,7 @@ class LLMEngine:
         self._parts = parts
         self._intake = Intake(config, parts)
         self._swapper = Swapper(parts.manager, parts.swap_space)
+        self._forward = Forward(parts.runner, parts.manager, self._swapper)
         self._scheduler = Scheduler(
             parts.manager,
             self._swapper,
@@ -238,27 +237,6 @@ class LLMEngine:
             if chunk.end + count <= self.max_model_len:
                 wants.append((chunk.slot, chunk.end, chunk.end + count))
         self.manager.prefetch(wants)
-
-    def _forward(self, plan: Plan) -> Predictions:
-        """The forward pass; where the device has too little memory left for it, once more after the cache has given
-        back what it can do without: others may take memory faster than the limit follows.
-        """
-        begun = time.monotonic()
-        for sequence in plan.sequences:
-            if sequence.request.metrics.first_scheduled_time is None:
-                sequence.request.metrics.first_scheduled_time = begun
-        try:
-            predictions = self._parts.runner.predict(plan.chunks)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no memory for a forward pass; the KV cache gives warm memory back: %s", error)
-            predictions = None
-        if predictions is None:
-            # Not while the error is handled, which holds on to what the first try had computed.
-            self.manager.drop_warm()
-            self.manager.refresh_limit()
-            predictions = self._parts.runner.predict(plan.chunks)
-        self._swapper.forwarded(plan.chunks, time.monotonic() - begun)
-        return predictions
 
     def _advance(self, plan: Plan, draws: Draws) -> list[Sequence]:
         """Give each sequence its token, let samples fork that waited for it; returns the sequences that moved."""
