@@ -10,7 +10,7 @@ from typing import Any
 
 from vattention.errors import RequestError
 
-_AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """llguidance's options for JSON. White space that is free is where a model may get stuck."""
 
 
@@ -62,7 +62,7 @@ def _json(schema: object) -> str:
     if not isinstance(schema, Mapping):
         raise _invalid(f"json must be a schema, which is an object, not {schema!r}")
     try:
-        text = json_format.dumps({"x-guidance": _AS_MODELS_WRITE, **schema}, ensure_ascii=False, allow_nan=False)
+        text = json_format.dumps({"x-guidance": AS_MODELS_WRITE, **schema}, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise _invalid(f"json cannot be written as JSON: {error}") from error
     return f"start: %json {text}"

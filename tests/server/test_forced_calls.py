@@ -167,6 +167,12 @@ def test_what_does_not_go_with_forced_calls(server: Real, other: str) -> None:
     assert other in error["message"]
 
 
+@streamed
+def test_a_text_cannot_be_calls_and_something_else(server: Real, stream: bool) -> None:
+    error = post(server, response_format={"type": "json_object"}, stream=stream)
+    assert error["param"] == "tool_choice"
+
+
 def test_a_template_that_does_not_know_functions(serve_app: Serve) -> None:
     server = serve_app(engine_of(TOOLLESS_TEMPLATE))
     for choice in ("required", {"type": "function", "function": {"name": "clock"}}):
@@ -188,8 +194,10 @@ def test_the_forms_of_families_are_their_own(servers: dict[str, Real]) -> None:
     for name, begins in forms.items():
         extra = {"return_token_ids": True}
         [choice] = ask(servers[name], seed=0, tool_choice="required", extra_body=extra).choices
-        text = byte_level_with_markers().decode(choice.model_dump()["token_ids"])
-        assert text.startswith(begins)
+        token_ids = choice.model_dump()["token_ids"]
+        tokenizer = byte_level_with_markers()
+        assert tokenizer.decode(token_ids).startswith(begins)
+        assert (token_ids[0] == tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")) == (name == "mistral")
 
 
 def byte_level_with_markers() -> Any:

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vattention.server.tools.reading import CallFormat
-
-AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""llguidance's options for JSON. White space that is free is where a model may get stuck."""
+from vattention.structured_outputs import AS_MODELS_WRITE
 
 
 @dataclass(frozen=True, slots=True)
