@@ -113,7 +113,11 @@ def test_a_named_function_is_called_once(server: Real, stream: bool, function: A
 
 def test_one_call_where_they_may_not_be_parallel(server: Real) -> None:
     def lengths(**options: Any) -> set[int]:
-        answer = ask(server, seed=3, n=8, tool_choice="required", temperature=2.0, **options)
+        extra = {"return_token_ids": True}
+        answer = ask(server, seed=3, n=8, tool_choice="required", temperature=2.0, extra_body=extra, **options)
+        for choice in answer.choices:
+            text = byte_level_with_markers().decode(choice.model_dump()["token_ids"])
+            assert text.count('{"name": ') == len(calls_of(choice.message)), "nothing is written in vain"
         return {len(calls_of(choice.message)) for choice in answer.choices}
 
     assert lengths(parallel_tool_calls=False) == {1}

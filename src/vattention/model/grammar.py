@@ -68,7 +68,7 @@ class Grammars:
 
     @cached_property
     def _vocabulary(self) -> LLTokenizer:
-        """Read when the first grammar comes, which takes a second for a vocabulary of 262,144 tokens."""
+        """Read when the first grammar comes: four seconds for 262,144 tokens, in which Python does nothing else."""
         from llguidance import LLTokenizer
 
         ends = sorted(token for token in self._end_token_ids if token < self._tokenizer.vocab_size)
