@@ -29,6 +29,9 @@ SPECS = {
     "wide": AttentionSpec(8, 2, 64, 64, 0.125),
     "wide, window": AttentionSpec(6, 2, 64, 64, 0.125, window=20),
     "wide, softcap": AttentionSpec(2, 2, 64, 64, 0.25, softcap=2.0),
+    "groups": AttentionSpec(20, 1, 64, 96, 0.125),
+    "groups, window": AttentionSpec(8, 1, 32, 128, 0.18, window=20),
+    "groups, softcap": AttentionSpec(8, 2, 64, 64, 0.25, softcap=2.0),
 }
 
 BATCHES: dict[str, tuple[tuple[int, int], ...]] = {

@@ -43,8 +43,8 @@ typedef struct {
     int64_t padded_key_dim, padded_value_dim;
     int64_t state_floats;
     float *shared;  /* states */
-    float *scratch; /* one thread's after the other's: a query and two states */
-    int64_t scratch_floats, query_floats;
+    float *scratch; /* one thread's after the other's: a query, the same arranged, and two states */
+    int64_t scratch_floats, query_floats, arranged_floats;
     int64_t next_thread, next_item; /* taken atomically */
 } job;
 
@@ -124,10 +124,13 @@ static void work(void *argument) {
     job *j = argument;
     const vattention_heads *heads = j->heads;
     float *query = j->scratch + j->scratch_floats * __atomic_fetch_add(&j->next_thread, 1, __ATOMIC_RELAXED);
-    float *own = query + j->query_floats;
+    char *arranged = (char *)(query + j->query_floats);
+    float *own = query + j->query_floats + j->arranged_floats;
     strip_args args = {
         .heads = heads,
         .query = (const char *)query,
+        .arranged = arranged,
+        .even = j->tables.block_size % 16 == 0,
         .key_head_nbytes = j->keys.head_stride * j->item_nbytes,
         .value_head_nbytes = j->values.head_stride * j->item_nbytes,
     };
@@ -154,6 +157,9 @@ static void work(void *argument) {
         prepare(j, sp, query);
         args.num_rows = sp->num_rows;
         args.start = sp->start;
+        if (j->set->arrange) {
+            j->set->arrange(&args, arranged);
+        }
         for (int64_t strip = from; strip < until; strip++) {
             args.base = (p->first_strip + strip) * heads->strip;
             args.low = first > args.base ? first - args.base : 0;
@@ -191,7 +197,7 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
                           int64_t query_head_stride, const vattention_span *spans, int64_t num_spans, const float *sinks,
                           void *output, int32_t num_threads, parallel_fn parallel) {
     job j = {
-        .set = best_set(),
+        .set = set_for(heads, dtype),
         .heads = heads,
         .keys = *keys,
         .values = *values,
@@ -223,7 +229,8 @@ int32_t vattention_attend(const vattention_heads *heads, const vattention_cache 
     j.strips_each = threads == 1 ? num_strips : num_strips / (4 * threads) + 1;
     j.state_floats = 2 * padded(n, PAD) + n * j.padded_value_dim;
     j.query_floats = n * j.padded_key_dim;
-    j.scratch_floats = j.query_floats + 2 * j.state_floats;
+    j.arranged_floats = j.set->arrange ? heads->num_kv_heads * padded(n / heads->num_kv_heads, PAD) * j.padded_key_dim : 0;
+    j.scratch_floats = j.query_floats + j.arranged_floats + 2 * j.state_floats;
     /* No more states are shared than there are strips. */
     const int64_t states = threads == 1 ? 0 : num_strips;
     const size_t floats = (size_t)(threads * j.scratch_floats + states * j.state_floats);

@@ -156,10 +156,8 @@ TARGET INLINE void NAME(rows)(const strip_args *args, int64_t kv_head, int64_t f
     float weights[TOGETHER * (STRIP + LANES)] __attribute__((aligned(64)));
     NAME(scores)(args, kv_head, (const float *)args->query + at * query_stride, query_stride, weights, heads, dtype);
     for (int i = 0; i < heads; i++) {
-        const int64_t position = args->start + (first + i) / group - args->base;
-        const int64_t low = h->window > 0 && position >= h->window ? position - h->window + 1 : 0;
-        const int64_t begin = low > args->low ? low : args->low;
-        const int64_t end = position + 1 < args->high ? position + 1 : args->high;
+        int64_t begin, end;
+        seen_keys(args, first + i, &begin, &end);
         NAME(softmax)(h, weights + i * (STRIP + LANES), args->low, args->high, begin, end, out.max + at + i,
                       out.total + at + i);
     }

@@ -64,6 +64,8 @@ int64_t vattention_prefill_nbytes(const vattention_heads *heads, const vattentio
 #ifdef HAVE_TILES
 #define PREFILL_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
+#define TRANSPOSE_TARGET PREFILL_TARGET
+#include "transpose.h"
 #define EXP_TARGET PREFILL_TARGET
 #include "exp2.h"
 
