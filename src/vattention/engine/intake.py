@@ -43,9 +43,8 @@ class Intake:
             ContextLengthError: the prompt leaves no room for a token.
             RequestError: anything else that cannot be served.
         """
-        params = replace(
-            params
-        )  # the caller's may change while this runs, and may have changed since it was checked
+        # The caller's may change while this runs, and may have changed since they were checked.
+        params = replace(params)
         text, token_ids = self._tokenize(prompt)
         validate(params, self._parts.vocab_size)
         if params.stop_strings and self._parts.tokenizer is None:
