@@ -4,9 +4,6 @@
  * the cache, and 16 lanes the second. Weights are the first factor of the sums, as two numbers of bfloat16 each, and pairs
  * of values the second: of each 32 numbers, those whose third bit is 0 come before the others, which is how words
  * of two vectors interleave most cheaply. Values leave that order when they are finished.
- *
- * Tiles wait long for what was just stored, and vectors for what tiles store; so each works on what the other made a
- * step before.
  */
 #define AMX_TARGET \
     __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vattention.server.tools.calls import JsonScan, call_of, json_value
-from vattention.server.tools.reading import NO_CALL, Reading, Writing, call_id, skip_space
+from vattention.server.tools.calls import JsonScan
+from vattention.server.tools.reading import Reading, Writing, call_id, read_object, skip_space
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -26,21 +26,13 @@ class Hermes:
         return OPEN in template and not any(other in template for other in OTHERS)
 
     def read(self, text: str, known: Collection[str], scan: JsonScan, *, final: bool) -> Reading | None:
-        start = skip_space(text, len(OPEN))
-        if not text.startswith("{", start):
-            return NO_CALL if final or start < len(text) else None
-        end = scan.end(text, start)
-        if end is None:
-            return NO_CALL if final or scan.broken else None
-        call = call_of(json_value(text[start:end]), known)
-        if call is None:
-            return NO_CALL
-        close = skip_space(text, end)
+        reading = read_object(text, len(OPEN), known, scan, final=final)
+        if reading is None or not reading.calls:
+            return reading
+        close = skip_space(text, reading.num_chars)
         if text.startswith(CLOSE, close):
-            end = close + len(CLOSE)
-        elif not final and CLOSE.startswith(text[close:]):
-            return None
-        return Reading((call,), end)
+            return Reading(reading.calls, close + len(CLOSE))
+        return None if not final and CLOSE.startswith(text[close:]) else reading
 
     def new_id(self) -> str:
         return call_id()

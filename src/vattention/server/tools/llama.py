@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vattention.server.tools.calls import JsonScan, call_of, json_value
-from vattention.server.tools.reading import NO_CALL, Reading, Writing, call_id, skip_space
+from vattention.server.tools.calls import JsonScan
+from vattention.server.tools.reading import Reading, Writing, call_id, read_object
 
 TAG = "<|python_tag|>"
 
@@ -23,14 +23,7 @@ class Llama:
         return TAG in template or ("<|start_header_id|>" in template and '"parameters"' in template)
 
     def read(self, text: str, known: Collection[str], scan: JsonScan, *, final: bool) -> Reading | None:
-        start = skip_space(text, len(TAG) if text.startswith(TAG) else 0)
-        if not text.startswith("{", start):
-            return NO_CALL if final or start < len(text) else None
-        end = scan.end(text, start)
-        if end is None:
-            return NO_CALL if final or scan.broken else None
-        call = call_of(json_value(text[start:end]), known)
-        return NO_CALL if call is None else Reading((call,), end)
+        return read_object(text, len(TAG) if text.startswith(TAG) else 0, known, scan, final=final)
 
     def new_id(self) -> str:
         return call_id()

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from vattention.server.tools.calls import Call, JsonScan
+from vattention.server.tools.calls import Call, JsonScan, call_of, json_value
 
 _SPACE = re.compile(r"\s*")
 
@@ -102,6 +102,18 @@ def skip_space(text: str, start: int) -> int:
     match = _SPACE.match(text, start)
     assert match is not None
     return match.end()
+
+
+def read_object(text: str, start: int, known: Collection[str], scan: JsonScan, *, final: bool) -> Reading | None:
+    """The call that one JSON object is, behind white space from `start` on; otherwise as `CallFormat.read`."""
+    start = skip_space(text, start)
+    if not text.startswith("{", start):
+        return NO_CALL if final or start < len(text) else None
+    end = scan.end(text, start)
+    if end is None:
+        return NO_CALL if final or scan.broken else None
+    call = call_of(json_value(text[start:end]), known)
+    return NO_CALL if call is None else Reading((call,), end)
 
 
 def call_id() -> str:
