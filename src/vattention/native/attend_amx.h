@@ -100,7 +100,10 @@ AMX_TARGET INLINE void amx_turn(const float *sums, int64_t first, float *scores,
         transpose(rows);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < (few ? TILE / 2 : TILE); i++) {
+    for (int i = 0; i < TILE; i++) {
+        if (few && i == TILE / 2) {
+            break;
+        }
         _mm512_store_si512(scores + i * STRIP + first, rows[i]);
     }
 }
@@ -108,12 +111,11 @@ AMX_TARGET INLINE void amx_turn(const float *sums, int64_t first, float *scores,
 /* scores[lane, STRIP] of the strip's keys and the lanes of `query`. */
 AMX_TARGET INLINE void amx_scores(const strip_args *args, int64_t kv_head, const char *query, int fetches, float *scores,
                                   const int few) {
-    const int64_t dim = args->heads->key_dim, begin = args->low / TILE * TILE;
-    float sums[2][2][TILE * TILE] __attribute__((aligned(64)));
+    const int64_t dim = args->heads->key_dim;
+    float sums[2][TILE * TILE] __attribute__((aligned(64)));
     char copies[2][TILE * 2 * AMX_DIM] __attribute__((aligned(64)));
     vattention_tiles_begin(2 * TILE);
-    for (int64_t first = begin; first < args->high; first += 2 * TILE) {
-        float (*own)[TILE * TILE] = sums[first / (2 * TILE) % 2], (*last)[TILE * TILE] = sums[first / (2 * TILE) % 2 ^ 1];
+    for (int64_t first = args->low / TILE * TILE; first < args->high; first += 2 * TILE) {
         const int64_t second = first + TILE < args->high ? first + TILE : first;
         int64_t stride, other_stride;
         const char *keys = amx_keys(args, kv_head, first, copies[0], &stride);
@@ -132,18 +134,13 @@ AMX_TARGET INLINE void amx_scores(const strip_args *args, int64_t kv_head, const
             _tile_loadd(5, others + 2 * k, other_stride);
             _tile_dpbf16ps(1, 5, 6);
         }
-        _tile_stored(0, own[0], 64);
-        _tile_stored(1, own[1], 64);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
         TILES_READ_MEMORY;
-        if (first > begin) {
-            amx_turn(last[0], first - 2 * TILE, scores, few);
-            amx_turn(last[1], first - TILE, scores, few);
+        amx_turn(sums[0], first, scores, few);
+        if (second > first) {
+            amx_turn(sums[1], second, scores, few);
         }
-    }
-    const int64_t rest = begin + (args->high - 1 - begin) / (2 * TILE) * 2 * TILE;
-    amx_turn(sums[rest / (2 * TILE) % 2][0], rest, scores, few);
-    if (rest + TILE < args->high) {
-        amx_turn(sums[rest / (2 * TILE) % 2][1], rest + TILE, scores, few);
     }
 }
 
@@ -219,22 +216,18 @@ AMX_TARGET INLINE void amx_values(const strip_args *args, int64_t kv_head, const
         const int exists = j >= args->low && j < args->high;
         values[j] = exists ? args->values[j] + kv_head * args->value_head_nbytes : (const char *)zeros;
     }
-    char pairs[2][STRIP / WEIGHED * 2 * TILE_NBYTES] __attribute__((aligned(64)));
+    char pairs[STRIP / WEIGHED * 2 * TILE_NBYTES] __attribute__((aligned(64)));
     vattention_tiles_begin(count);
-    amx_pairs(values, 0, from, until, pairs[0]);
     for (int64_t d = 0; d < dim; d += 32) {
-        const char *own = pairs[d / 32 % 2];
-        if (d + 32 < dim) {
-            amx_pairs(values, d + 32, from, until, pairs[d / 32 % 2 ^ 1]);
-        }
+        amx_pairs(values, d, from, until, pairs);
         TILES_READ_MEMORY;
         _tile_zero(0);
         _tile_zero(1);
         for (int64_t step = from; step < until; step++) {
             _tile_loadd(4, weights + step * WEIGHED, STRIP * 2);
-            _tile_loadd(6, own + step * 2 * TILE_NBYTES, 64);
+            _tile_loadd(6, pairs + step * 2 * TILE_NBYTES, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, own + step * 2 * TILE_NBYTES + TILE_NBYTES, 64);
+            _tile_loadd(7, pairs + step * 2 * TILE_NBYTES + TILE_NBYTES, 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_loadd(4, weights + TILE * STRIP + step * WEIGHED, STRIP * 2);
             _tile_dpbf16ps(0, 4, 6);
