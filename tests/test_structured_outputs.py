@@ -30,7 +30,7 @@ def accepts() -> Callable[[str, str], bool]:
     grammars = Grammars(tokenizer, frozenset({2}))
 
     def accepts(lark: str, text: str) -> bool:
-        matcher = LLMatcher(grammars._vocabulary, LLMatcher.grammar_from_lark(lark), log_level=0)
+        matcher = LLMatcher(grammars.read_vocabulary(), LLMatcher.grammar_from_lark(lark), log_level=0)
         assert not matcher.is_error(), matcher.get_error()
         ids = tokenizer.encode(text, add_special_tokens=False)
         return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())

@@ -188,6 +188,9 @@ class FakeEngine:
         self._listeners: list[StatsListener] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
+    async def make_ready(self, params: SamplingParams) -> None:
+        """It has nothing to read."""
+
     def submit(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> FakeStream:
         if not self.healthy:
             raise EngineStoppedError("the engine is shutting down and takes no more requests")

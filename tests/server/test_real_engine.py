@@ -7,7 +7,9 @@ import contextlib
 import json
 import random
 import re
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -19,6 +21,7 @@ from tests.model.tiny import byte_level, tiny_folder, tiny_llama
 from tests.server.conftest import LiveServer, live, wait_until
 from vattention.config import EngineConfig
 from vattention.engine.async_engine import AsyncEngine
+from vattention.model.grammar import Grammars
 from vattention.server import create_app
 
 Real = LiveServer[AsyncEngine]
@@ -175,6 +178,30 @@ def test_structured_outputs(client: openai.OpenAI, extra: dict[str, Any], form: 
     )
     text = "".join(chunk.choices[0].text for chunk in made) if stream else made.choices[0].text
     assert re.fullmatch(form, text, re.DOTALL)
+
+
+def test_others_are_served_while_the_vocabulary_is_read(
+    real: Real, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, go_on = threading.Event(), threading.Event()
+    read = Grammars._read
+
+    def slow_read(self: Grammars) -> Any:
+        reading.set()
+        assert go_on.wait(30)
+        return read(self)
+
+    monkeypatch.setattr(Grammars, "_read", slow_read)
+    monkeypatch.setattr(real.engine._engine._intake._grammars, "_vocabulary", None)
+    options: dict[str, Any] = {"model": "tiny", "prompt": "hello", "max_tokens": 9}
+    choice = {"structured_outputs": {"choice": ["good", "bad"]}}
+    with ThreadPoolExecutor() as threads:
+        answer = threads.submit(lambda: client.completions.create(**options, extra_body=choice))
+        assert reading.wait(30)
+        assert client.completions.create(**options).choices
+        assert not answer.done()
+        go_on.set()
+        assert answer.result().choices[0].text in ("good", "bad")
 
 
 def test_a_reply_of_a_schema(client: openai.OpenAI) -> None:

@@ -94,13 +94,17 @@ class AsyncEngine:
     def statistics(self) -> EngineStatistics:
         return self._engine.statistics()
 
+    async def make_ready(self, params: SamplingParams) -> None:
+        """Read beforehand what `submit` would hold up the event loop with: the first grammar takes seconds.
+
+        Raises:
+            RequestError: this model cannot follow grammars.
+        """
+        if (read := self._engine.to_read(params)) is not None:
+            await asyncio.to_thread(read)
+
     def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
+        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, priority: int = 0
     ) -> RequestStream:
         """Start a request. Must be called on an event loop.
 
@@ -117,14 +121,10 @@ class AsyncEngine:
         return stream
 
     async def generate(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str | None = None,
-        *,
-        priority: int = 0,
+        self, prompt: Prompt, params: SamplingParams, request_id: str | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
         """`submit` as an async generator, as vLLM's `AsyncLLM.generate`. Raises as `submit`."""
+        await self.make_ready(params)
         stream = self.submit(prompt, params, request_id=request_id, priority=priority)
         try:
             async for output in stream:

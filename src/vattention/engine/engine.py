@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,10 @@ class LLMEngine:
     def add_listener(self, listener: StatsListener) -> None:
         """Have `listener` told of every step and every finished request, on the engine's thread."""
         self._stats.listeners.append(listener)
+
+    def to_read(self, params: SamplingParams) -> Callable[[], object] | None:
+        """What makes `prepare` take seconds the first time, for any thread to call before; None if nothing does."""
+        return self._intake.to_read(params)
 
     def prepare(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> Request:
         """Check and tokenize a request without starting it. Any thread may call this.

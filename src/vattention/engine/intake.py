@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import operator
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -115,6 +115,12 @@ class Intake:
         if self._grammars is None:
             raise RequestError("a grammar needs a tokenizer; this engine serves token ids only", param="grammar")
         return self._grammars.grammar(params.grammar)
+
+    def to_read(self, params: SamplingParams) -> Callable[[], object] | None:
+        """What `grammar` would read first, and which raises as it does; None where nothing is to be read."""
+        if params.grammar is None or self._grammars is None or self._grammars.is_ready:
+            return None
+        return self._grammars.read_vocabulary
 
     def text(self, token_ids: list[int], params: SamplingParams) -> TextStream | None:
         """What turns a sequence's tokens into text; None without a tokenizer."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerBase
 
 from vattention.errors import ConfigError
@@ -33,7 +34,7 @@ class Tokenizer:
                 "tokenizer=, or serve token ids with skip_tokenizer_init=True"
             )
         self.original = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self._backend: Backend = tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
         self._chat = ChatTemplate(tokenizer)
@@ -63,10 +64,10 @@ class Tokenizer:
         # After another token, since many tokenizers drop a space at the very beginning.
         return self.decode([*self._anchor, token_id], skip_special_tokens=False)[len(self._anchor_text) :]
 
-    def to_json(self) -> str:
-        """All of it, as the tokenizers library writes it to tokenizer.json."""
-        text: str = self._backend.to_str()
-        return text
+    @property
+    def backend(self) -> Backend:
+        """What is below transformers, without truncation and padding; not to be changed."""
+        return self._backend
 
     @property
     def has_chat_template(self) -> bool:

@@ -53,7 +53,7 @@ class TextTokenizer(Protocol):
 
 
 class ServedEngine(Protocol):
-    """An engine that answers requests. `submit` raises as `AsyncEngine.submit`."""
+    """An engine that answers requests. `make_ready` and `submit` raise as `AsyncEngine`'s."""
 
     @property
     def config(self) -> EngineConfig: ...
@@ -72,6 +72,8 @@ class ServedEngine(Protocol):
 
     @property
     def healthy(self) -> bool: ...
+
+    async def make_ready(self, params: SamplingParams) -> None: ...
 
     def submit(self, prompt: Prompt, params: SamplingParams, *, priority: int = 0) -> OutputStream: ...
 

@@ -27,9 +27,10 @@ async def outputs_of(
     """Submit prompts and iterate over (prompt's index, newest output); on leaving, what still runs is aborted.
 
     Raises:
-        RequestError, QueueFullError, EngineStoppedError: from `submit`; none of the prompts runs then.
+        RequestError, QueueFullError, EngineStoppedError: from the engine; none of the prompts runs then.
         Exception: in the iteration, whatever a request failed of.
     """
+    await engine.make_ready(params)
     streams: list[OutputStream] = []
     try:
         for token_ids in prompts:
