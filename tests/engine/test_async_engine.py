@@ -69,6 +69,16 @@ async def test_leaving_early_frees_the_memory(engine: AsyncEngine) -> None:
     assert engine.statistics().accounts.live_nbytes == 0
 
 
+async def test_a_reader_that_stops_reading_holds_no_memory(engine: AsyncEngine) -> None:
+    stream = engine.submit(tokens(*[5] * 20), greedy(40))
+    await anext(stream)
+    await until(lambda: not engine._streams)
+    await until(lambda: engine.statistics().accounts.live_nbytes == 0)
+    [kept] = [output async for output in stream]
+    assert kept.finished
+    assert kept.outputs[0].token_ids == completion([5] * 20, 40)
+
+
 async def test_an_abort_from_elsewhere_ends_the_stream() -> None:
     runner = SteppedRunner()
     engine = AsyncEngine(fake_engine(runner=runner))

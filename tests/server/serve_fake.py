@@ -1,14 +1,14 @@
-"""A server process for the signals' tests: serve_fake.py STEP_S DRAIN_TIMEOUT_S."""
+"""A server process for the signals' tests: serve_fake.py STEP_S DRAIN_TIMEOUT_S FLUSH_S."""
 
 from __future__ import annotations
 
 import sys
 
 from tests.server.fake_engine import FakeEngine
-from vattention.server import bind, serve
+from vattention.server import bind, lifecycle, serve
 
 if __name__ == "__main__":
-    step_s, drain_timeout_s = map(float, sys.argv[1:])
+    step_s, drain_timeout_s, lifecycle.FLUSH_S = map(float, sys.argv[1:])
     serve(
         FakeEngine(step_s=step_s),
         bind("127.0.0.1", 0),

@@ -8,8 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -25,14 +26,15 @@ Start = Callable[..., tuple[Process, str]]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts server processes: start(step_s=..., drain_timeout_s=...) -> (process, url)."""
+    """Starts server processes: start(step_s=..., ...) -> (process, url)."""
     processes: list[Process] = []
 
-    def run(*, step_s: float = 0.01, drain_timeout_s: float = 10.0) -> tuple[Process, str]:
+    def run(*, step_s: float = 0.01, drain_timeout_s: float = 10.0, flush_s: float = 5.0) -> tuple[Process, str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.server.serve_fake", str(step_s), str(drain_timeout_s)],
+            [sys.executable, "-m", "tests.server.serve_fake", str(step_s), str(drain_timeout_s), str(flush_s)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         processes.append(process)
@@ -70,6 +72,10 @@ def health(url: str) -> int:
     return 0
 
 
+def metrics(url: str) -> str:
+    return httpx.get(f"{url}/metrics", timeout=60).text
+
+
 def test_sigterm_drains(start: Start) -> None:
     process, url = start()
     begun: list[float] = []
@@ -99,6 +105,28 @@ def test_what_runs_beyond_the_timeout_ends_with_an_error(start: Start) -> None:
         last = json.loads(running.result()[-1])
     assert last["error"]["code"] == "engine_stopped"
     assert process.wait(60) == 0
+
+
+def test_clients_that_do_not_read_hold_up_nothing(start: Start) -> None:
+    process, url = start(drain_timeout_s=600, flush_s=0.5)
+    address = urlsplit(url).hostname, urlsplit(url).port
+    body = {"prompt": ["x" * 400] * 250, "max_tokens": 1, "echo": True, "logprobs": 5, "stream": True}
+    with closing(socket.socket()) as deaf, closing(socket.socket()) as half_sent:
+        deaf.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 4096
+        )  # 6 MB of events are then more than the kernel keeps
+        for client, text in ((deaf, json.dumps(body)), (half_sent, "{")):
+            client.connect(address)
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (max(len(text), 99), text.encode())
+            )
+        wait_for(lambda: 'finished_reason="length",model_name="fake"} 250.0' in metrics(url))
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "2 connections are cut" in errors
+    assert "Traceback" not in errors
 
 
 def test_a_second_signal_stops_at_once(start: Start) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -21,8 +22,11 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-FLUSH_S = 5
+FLUSH_S = 5.0
 """How long responses may take to reach their clients once the engine has stopped."""
+
+CLOSE_S = 5
+"""How long requests may take to end once their connections are gone; none should take any time."""
 
 TICK_S = 1.0
 
@@ -102,7 +106,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=FLUSH_S,
+            timeout_graceful_shutdown=math.ceil(FLUSH_S) + CLOSE_S,
         )
         url = url_of(listener)
         server = _Server(config, engine, drain_timeout_s, on_ready=lambda: on_ready(url) if on_ready else None)
@@ -139,6 +143,23 @@ class _Server(uvicorn.Server):
         while not await self.on_tick(0):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopped.wait(), TICK_S)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let responses reach their clients, but wait for none that has stopped reading.
+
+        uvicorn would cancel the requests of those, and log a traceback for each.
+        """
+        hanging_up = asyncio.get_running_loop().call_later(FLUSH_S, self._hang_up)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            hanging_up.cancel()
+
+    def _hang_up(self) -> None:
+        connections = list(self.server_state.connections)
+        logger.warning("%d connections are cut: their clients did not read in %g s", len(connections), FLUSH_S)
+        for connection in connections:
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
