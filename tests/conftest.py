@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# First: Triton looks at it when it is imported, as it is by transformers.
+import tests.triton_here  # noqa: F401
+
+# isort: split
+
 import signal
 import subprocess
 from collections.abc import Callable, Iterator

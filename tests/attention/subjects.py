@@ -5,16 +5,15 @@ On a GPU all that run there are tried too, with nothing to be set.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from tests.attention.cases import BATCHES, BLOCK_SIZES, SPECS, views
 from tests.attention.fake_libraries import FLASHINFER, FakeFlashAttention2, FakeFlashAttention3, FakeTorchFlash
+from tests.triton_here import HAS_GPU, HAS_TRITON
 from vattention.attention.flash_attention import (
     FlashAttention3Kernel,
     FlashAttentionKernel,
@@ -29,13 +28,6 @@ from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
 READ_WHOLE_BLOCKS = ("flashinfer_paged", "flash_attention_paged", "torch_flash_paged")
-
-HAS_GPU = torch.cuda.is_available()
-HAS_TRITON = find_spec("triton") is not None
-
-if not HAS_GPU:
-    # Read by Triton when the kernels are imported, which nothing but these tests does without a GPU.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @dataclass(frozen=True)

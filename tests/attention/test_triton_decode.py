@@ -16,7 +16,8 @@ import torch
 
 from tests.attention.cases import BATCHES, SPECS, filled, in_blocks
 from tests.attention.reference import attend
-from tests.attention.subjects import HAS_GPU, HAS_TRITON, empty_view
+from tests.attention.subjects import empty_view
+from tests.triton_here import HAS_GPU, HAS_TRITON
 from vattention.attention import triton_decode
 from vattention.attention.sequences import sequences
 from vattention.attention.triton_decode import MOST_SPLITS, TritonKernel, TritonPagedKernel, splits

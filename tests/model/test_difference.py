@@ -9,7 +9,7 @@ from vattention.model.difference import largest_difference, row_difference
 
 
 def test_nan_counts_as_a_difference() -> None:
-    assert largest_difference(lambda x: x * torch.nan, lambda x: x, 4, torch.float32) == float("inf")
+    assert largest_difference(lambda x: x * torch.nan, lambda x: x, torch.empty(4)) == float("inf")
 
 
 def test_each_row_is_measured_by_its_largest_number() -> None:

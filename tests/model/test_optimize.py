@@ -136,7 +136,7 @@ def test_greedy_tokens_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_kernels_linear_layers_alone_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subject, "kernels", lambda: None)
+    monkeypatch.setattr(subject, "row_kernels", lambda _: None)
     force(monkeypatch, WideningLinear)
     model = build("llama", torch.bfloat16)
     before = logits(model).float()

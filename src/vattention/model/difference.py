@@ -18,20 +18,25 @@ Two units in the last place of bfloat16 and float16; in float32 what another ord
 def largest_difference(
     replacement: Callable[[Tensor], Tensor],
     original: Callable[[Tensor], Tensor],
-    num_in: int,
-    dtype: torch.dtype,
+    like: Tensor,
     rows: tuple[int, ...] = (1, 5, 64),
 ) -> float:
-    """Compares results for random inputs [rows, num_in]: the largest difference as a share of the largest number in
-    its row; inf for NaN.
+    """Compares results for random inputs [rows, in]: the largest difference as a share of the largest number in its
+    row; inf for NaN.
 
-    Rows are scaled down to a thousandth from first to last: only small inputs show a norm's epsilon.
+    Rows are scaled down to a thousandth from first to last: only small inputs show a norm's epsilon. In float16 it
+    is a tenth: products of smaller numbers have fewer digits there.
+
+    Args:
+        like: a weight [..., in]; inputs are of its type and where it is.
     """
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
+    least = -1 if like.dtype == torch.float16 else -3
     for count in rows:
-        x = torch.randn(count, num_in, generator=generator) * torch.logspace(0, -3, count)[:, None]
-        largest = max(largest, row_difference(replacement(x.to(dtype)), original(x.to(dtype))))
+        x = torch.randn(count, like.shape[-1], generator=generator) * torch.logspace(0, least, count)[:, None]
+        x = x.to(like)
+        largest = max(largest, row_difference(replacement(x), original(x)))
     return largest
 
 

@@ -1,7 +1,7 @@
 """Modules that compute in one pass over memory what transformers' modules compute in many small operations.
 
 A root mean square norm is about ten operations there and a gated feed-forward block five, each with a price per
-call that a decode step of few rows pays hundreds of times. Both need the compiled kernels. What a module computes
+call that a decode step of few rows pays hundreds of times. Both need kernels of ours. What a module computes
 is guessed from names and attributes here; whoever replaces it compares results.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vattention.model.linear import LinearMethod, PackedLinear, is_plain_linear
-from vattention.native import Kernels
+from vattention.model.row_kernels import RowKernels
 from vattention.native.huge import Empty, huge_empty
 
 
@@ -30,19 +30,19 @@ class FusedRMSNorm(nn.Module):
     """
 
     def __init__(
-        self, kernels: Kernels, original: nn.Module, weight: nn.Parameter, offset: float, epsilon: float
+        self, rows: RowKernels, original: nn.Module, weight: nn.Parameter, offset: float, epsilon: float
     ) -> None:
         super().__init__()
         self.original = original
         self.weight = weight
-        self._kernels = kernels
+        self._row_kernels = rows
         self.scale = weight.detach().float() + offset
         self.epsilon = epsilon
         self._dtype = weight.dtype
 
     @classmethod
-    def guesses(cls, kernels: Kernels, norm: nn.Module) -> Iterator[FusedRMSNorm]:
-        """Replacements of a norm in processor memory, of which one may be right.
+    def guesses(cls, rows: RowKernels, norm: nn.Module) -> Iterator[FusedRMSNorm]:
+        """Replacements of a norm, of which one may be right.
 
         Models scale by the weight or, as Gemma does, by weight + 1.
         """
@@ -52,14 +52,14 @@ class FusedRMSNorm(nn.Module):
             "RMSNorm" in type(norm).__name__
             and isinstance(weight, nn.Parameter)
             and weight.dim() == 1
-            and weight.dtype in kernels.dtypes
-            and weight.device.type == "cpu"
+            and weight.dtype in rows.dtypes
+            and weight.device.type == rows.device_type
             and len(list(norm.parameters())) == 1
             and isinstance(epsilon, float)
             and len(inspect.signature(norm.forward).parameters) == 1
         ):
             for offset in (0.0, 1.0):
-                yield cls(kernels, norm, weight, offset, epsilon)
+                yield cls(rows, norm, weight, offset, epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised x[..., width], laid out in memory as x is."""
@@ -71,7 +71,7 @@ class FusedRMSNorm(nn.Module):
             # The kernel walks memory: no gaps, and rows in one piece.
             x = x.contiguous()
             out = torch.empty_like(x)
-        self._kernels.rowwise.rms_norm(x, self.scale, self.epsilon, out)
+        self._row_kernels.rms_norm(x, self.scale, self.epsilon, out)
         return out
 
 
@@ -135,7 +135,7 @@ class FusedGatedMLP(nn.Module):
 
     def __init__(
         self,
-        kernels: Kernels,
+        rows: RowKernels,
         mlp: GatedMLP,
         gate_up: type[LinearMethod],
         down: type[LinearMethod],
@@ -145,7 +145,7 @@ class FusedGatedMLP(nn.Module):
         parts = (mlp.gate_proj, mlp.up_proj)
         weight = torch.cat([part.weight.detach() for part in parts])
         biases = [part.bias.detach() for part in parts if part.bias is not None]
-        self._kernels = kernels
+        self._row_kernels = rows
         self.gate = mlp.gate
         self.dtype = mlp.gate_proj.weight.dtype
         self._width = mlp.gate_proj.out_features
@@ -161,6 +161,6 @@ class FusedGatedMLP(nn.Module):
         """y[..., out] for x[..., in]."""
         gate_up: Tensor = self.gate_up(x).view(-1, 2 * self._width)
         hidden = gate_up.new_empty(gate_up.shape[0], self._width)
-        self._kernels.rowwise.gate(gate_up, self.gate.linear, self.gate.cubic, hidden)
+        self._row_kernels.gate(gate_up, self.gate.linear, self.gate.cubic, hidden)
         y: Tensor = self.down(hidden)
         return y.view(*x.shape[:-1], y.shape[-1])

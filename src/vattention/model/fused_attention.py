@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vattention.model.fused import FusedRMSNorm
 from vattention.model.linear import LinearMethod, is_plain_linear, standing_for
-from vattention.native import Kernels, NormedHeads, Rotation
+from vattention.model.row_kernels import RowKernels
 from vattention.native.huge import Empty, huge_empty
 
 _log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class FusedAttention:
 
     def __init__(
         self,
-        kernels: Kernels,
+        rows: RowKernels,
         module: Any,
         parts: Projections,
         method: type[LinearMethod],
@@ -112,7 +112,7 @@ class FusedAttention:
         weight = torch.cat([part.weight.detach() for part in parts])
         biases = [part.bias.detach() for part in parts if part.bias is not None]
         self.method = method.pack(weight, torch.cat(biases) if biases else None, empty)
-        self._kernels = kernels
+        self._row_kernels = rows
         self._module = module
         self._original: Callable[..., tuple[Tensor, Tensor | None]] = module.forward
         self._keywords = keywords
@@ -125,19 +125,17 @@ class FusedAttention:
         self._num_heads = [width // self._head_dim for width in self._widths]
         # The rotation points into the norms' scales.
         self._norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-        query, key = (
-            NormedHeads.of(count, None, 0.0) if norm is None else NormedHeads.of(count, norm.scale, norm.epsilon)
-            for count, norm in zip(self._num_heads, self._norms, strict=False)
-        )
-        self._rotation = Rotation.of(query, key, self._head_dim, sum(self._widths), weight.dtype)
+        query, key = (None if norm is None else (norm.scale, norm.epsilon) for norm in self._norms)
+        num_heads = self._num_heads[0], self._num_heads[1]
+        self._rotation = rows.rotation(num_heads, (query, key), self._head_dim, sum(self._widths), weight.dtype)
 
     @property
     def head_dim(self) -> int:
         return self._head_dim
 
     @property
-    def rotation(self) -> Rotation:
-        """How queries and keys are normalised and rotated, as the compiled code takes it; good as long as this."""
+    def rotation(self) -> Any:
+        """How queries and keys are normalised and rotated, as the kernels take it; good as long as this."""
         return self._rotation
 
     def install(self) -> None:
@@ -164,7 +162,7 @@ class FusedAttention:
         ):
             return self._original(*args, **keywords)
         x = self.method(hidden.reshape(-1, hidden.shape[-1]))
-        self._kernels.rowwise.rotate(self._rotation, x, cosines, sines)
+        self._row_kernels.rotate(self._rotation, x, cosines, sines)
         heads = torch.split(x.view(*shape, -1, self._head_dim).transpose(1, 2), self._num_heads, 1)
         passed_on = {name: value for name, value in keywords.items() if name not in self._taken}
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self._config._attn_implementation, self._eager)
@@ -191,7 +189,7 @@ class Notes:
 
 
 def fuse(
-    kernels: Kernels,
+    rows: RowKernels,
     module: nn.Module,
     parts: Projections,
     method: type[LinearMethod],
@@ -217,7 +215,7 @@ def fuse(
         _log.info("a %s is not like Llama's attention: %s", type(module).__name__, error)
         return None
     del keywords[_SENTINEL]
-    fused = FusedAttention(kernels, module, parts, method, keywords, empty)
+    fused = FusedAttention(rows, module, parts, method, keywords, empty)
     largest = 0.0
     for num_tokens in (1, 5, 33):
         with standing_for(fused.method, *parts):
@@ -246,11 +244,12 @@ def _trial(
     generator = torch.Generator().manual_seed(num_tokens)
     dtype = parts.q_proj.weight.dtype
     hidden = torch.randn(1, num_tokens, parts.q_proj.in_features, generator=generator)
+    device = parts.q_proj.weight.device
     # Not true angles: halves that differ show which half goes where.
-    cosines, sines = torch.randn(2, 1, num_tokens, int(module.head_dim), generator=generator).to(dtype)  # type: ignore[arg-type]
+    cosines, sines = torch.randn(2, 1, num_tokens, int(module.head_dim), generator=generator).to(device, dtype)  # type: ignore[arg-type]
     notes.calls.clear()
     outputs = forward(
-        hidden_states=hidden.to(dtype),
+        hidden_states=hidden.to(device, dtype),
         position_embeddings=(cosines, sines),
         attention_mask=None,
         **{_SENTINEL: num_tokens},

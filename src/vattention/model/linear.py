@@ -79,13 +79,12 @@ class PackedLinear(nn.Module):
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module in processor memory does what `nn.Linear` does: subclasses and hooks may do more."""
+    """Whether a module does what `nn.Linear` does: subclasses and hooks may do more."""
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and module.weight.numel() > 0
     )

@@ -28,8 +28,8 @@ from vattention.model.quantized import (
     is_lookup,
     is_way_into_attention,
 )
+from vattention.model.row_kernels import RowKernels, row_kernels
 from vattention.model.torch_linear import TorchLinear
-from vattention.native import Kernels, kernels
 from vattention.native.huge import HugeBlocks
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _PROGRESS_DELAY_S = 2.0
 
 @torch.no_grad()
 def optimize(model: nn.Module, quantization: str | None = None) -> OptimizeReport:
-    """Replaces, in place, modules of a model in processor memory by faster ones that compute the same.
+    """Replaces, in place, modules of a model by faster ones that compute the same.
 
     These are linear layers, gated feed-forward blocks, root mean square norms and the way into attention, where
     they have no hooks. A weight is dropped once its packed form is there, unless other modules share it, as
@@ -73,7 +73,9 @@ class _Optimizer:
         self._quantization = None if quantization is None else QUANTIZATIONS[quantization]
         self._leeway = 1 if quantization is None else _QUANTIZED
         self._output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        self._kernels = kernels()
+        devices = {parameter.device for parameter in model.parameters()}
+        self._device = devices.pop() if len(devices) == 1 else None
+        self._row_kernels = None if self._device is None else row_kernels(self._device)
         self._blocks = HugeBlocks()
         modules = list(model.modules())
         self._num_sites = Counter(id(child) for module in modules for child in module.children())
@@ -114,27 +116,38 @@ class _Optimizer:
             if replacement is not child:
                 setattr(parent, attribute, replacement)
             del child
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Memory of dropped weights. torch would keep it for weights of the same size, of which no more come."""
+        if self._device is not None and self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _replacement(self, module: nn.Module, name: str) -> nn.Module:
         """A verified replacement, or the module itself."""
+        if self._device is None or self._device.type not in ("cpu", "cuda"):
+            return module
         if is_plain_linear(module):
             return self._linear(module, name)
-        if self._kernels is None or module._forward_hooks or module._forward_pre_hooks:
+        rows = self._row_kernels
+        if rows is None or module._forward_hooks or module._forward_pre_hooks:
             return module
         mlp = GatedMLP.of(module)
-        if mlp is not None and mlp.gate_proj.weight.dtype in self._kernels.dtypes:
-            return self._gated_mlp(self._kernels, module, mlp, name)
+        if mlp is not None and mlp.gate_proj.weight.dtype in rows.dtypes:
+            return self._gated_mlp(rows, module, mlp, name)
         projections = Projections.of(module) if self._notes is not None else None
-        if projections is not None and projections.q_proj.weight.dtype in self._kernels.dtypes:
-            self._attention(self._kernels, module, projections, name)
+        if projections is not None and projections.q_proj.weight.dtype in rows.dtypes:
+            self._attention(rows, module, projections, name)
             return module
-        return self._rms_norm(self._kernels, module, name)
+        return self._rms_norm(rows, module, name)
 
     def _method(
         self, num_out: int, num_in: int, dtype: torch.dtype, *, delicate: bool = False
     ) -> type[LinearMethod]:
         if self._quantization is not None:
             return self._quantization.method(dtype, delicate=delicate)
+        if self._device is None or self._device.type == "cuda":
+            return TorchLinear
         shape = (num_out, num_in, dtype)
         if shape not in self._methods:
             self._methods[shape] = fastest_method(*shape)
@@ -151,7 +164,7 @@ class _Optimizer:
             return linear
         replacement = PackedLinear.of(linear, method, self._blocks.empty)
         difference = max(
-            largest_difference(replacement, linear, linear.in_features, linear.weight.dtype, rows=(1,)),
+            largest_difference(replacement, linear, linear.weight, rows=(1,)),
             self._sampled_difference(replacement, linear, lambda sample: linear.weight[sample], rows=(5, 64)),
         )
         return self._packed(linear, replacement, name, difference)
@@ -180,8 +193,7 @@ class _Optimizer:
         return largest_difference(
             lambda x: replacement(x)[:, sample],
             lambda x: F.linear(x, weight, bias),
-            linear.in_features,
-            linear.weight.dtype,
+            linear.weight,
             rows=rows,
         )
 
@@ -200,33 +212,33 @@ class _Optimizer:
         self._model.set_input_embeddings(replacement)  # type: ignore[operator]
         self._account.replaced["embedding"] += 1
 
-    def _gated_mlp(self, kernels: Kernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
+    def _gated_mlp(self, rows: RowKernels, module: nn.Module, mlp: GatedMLP, name: str) -> nn.Module:
         dtype = mlp.gate_proj.weight.dtype
         gate_up, down = (self._method(*shape, dtype) for shape in mlp.shapes)
-        replacement = FusedGatedMLP(kernels, mlp, gate_up, down, self._blocks.empty)
+        replacement = FusedGatedMLP(rows, mlp, gate_up, down, self._blocks.empty)
         with (
             standing_for(replacement.gate_up.method, mlp.gate_proj, mlp.up_proj),
             standing_for(replacement.down.method, mlp.down_proj),
         ):
-            difference = largest_difference(replacement, module, mlp.gate_proj.in_features, dtype)
+            difference = largest_difference(replacement, module, mlp.gate_proj.weight)
         if not self._accept(name, "gated mlp", difference, dtype):
             return module
         weights = [part.weight for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
         self._account.pack(weights, replacement.nbytes, merged_nbytes=replacement.gate_up.method.nbytes)
         return replacement
 
-    def _attention(self, kernels: Kernels, module: nn.Module, parts: Projections, name: str) -> None:
+    def _attention(self, rows: RowKernels, module: nn.Module, parts: Projections, name: str) -> None:
         """Changes the module itself, for attention functions are given it and read its attributes."""
         assert self._notes is not None
         for attribute in ("q_norm", "k_norm"):
             norm = getattr(module, attribute, None)
             if isinstance(norm, nn.Module) and norm not in self._several_sites:
-                self._several_sites[norm] = replacement = self._rms_norm(kernels, norm, f"{name}.{attribute}")
+                self._several_sites[norm] = replacement = self._rms_norm(rows, norm, f"{name}.{attribute}")
                 self._several_sites[replacement] = replacement
                 setattr(module, attribute, replacement)
         dtype = parts.q_proj.weight.dtype
         method = self._method(*parts.shape, dtype, delicate=True)
-        fused = fuse(kernels, module, parts, method, self._notes, row_difference, self._blocks.empty)
+        fused = fuse(rows, module, parts, method, self._notes, row_difference, self._blocks.empty)
         tolerance = self._leeway * _ROTATED * TOLERANCE[dtype]
         if fused is None or not fused[1] <= tolerance:
             # Other kinds of attention look like this one from outside, so there is nothing to warn of.
@@ -237,13 +249,13 @@ class _Optimizer:
         self._account.pack([part.weight for part in parts], nbytes, merged_nbytes=nbytes)
         fused[0].install()
 
-    def _rms_norm(self, kernels: Kernels, module: nn.Module, name: str) -> nn.Module:
-        guesses = list(FusedRMSNorm.guesses(kernels, module))
+    def _rms_norm(self, rows: RowKernels, module: nn.Module, name: str) -> nn.Module:
+        guesses = list(FusedRMSNorm.guesses(rows, module))
         if not guesses:
             return module
         weight = guesses[0].weight
-        width, dtype = weight.shape[0], weight.dtype
-        differences = [largest_difference(guess, module, width, dtype) for guess in guesses]
+        dtype = weight.dtype
+        differences = [largest_difference(guess, module, weight) for guess in guesses]
         best = min(range(len(guesses)), key=differences.__getitem__)
         return guesses[best] if self._accept(name, "rms norm", differences[best], dtype) else module
 

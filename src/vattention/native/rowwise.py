@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int32
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vattention.native.library import Library
-from vattention.native.structures import DTYPES, EmbeddingRows, Int64s, Rotation, address_of
+from vattention.native.structures import DTYPES, EmbeddingRows, Int64s, NormedHeads, Rotation, address_of
 
 
 class Rowwise:
     """norm.c, rotate.c, gate.c and embed.c on tensors."""
+
+    dtypes: ClassVar[frozenset[torch.dtype]] = frozenset(DTYPES)
+    device_type: ClassVar[str] = "cpu"
 
     def __init__(self, library: Library) -> None:
         self._parallel = library.parallel
@@ -38,6 +42,23 @@ class Rowwise:
             torch.get_num_threads(),
             self._parallel,
         )
+
+    def rotation(
+        self,
+        num_heads: tuple[int, int],
+        norms: tuple[tuple[Tensor, float] | None, tuple[Tensor, float] | None],
+        head_dim: int,
+        width: int,
+        dtype: torch.dtype,
+    ) -> Rotation:
+        """What `rotate` is to do to that many query and key heads of a row of `width` numbers.
+
+        The norms, scale and epsilon, are kept alive by the caller.
+        """
+        query, key = (
+            NormedHeads.of(count, *(norm or (None, 0.0))) for count, norm in zip(num_heads, norms, strict=True)
+        )
+        return Rotation.of(query, key, head_dim, width, dtype)
 
     def rotate(self, rotation: Rotation, x: Tensor, cosines: Tensor, sines: Tensor) -> None:
         """In place: normalises and rotates the query and key heads of contiguous x[tokens, width].
