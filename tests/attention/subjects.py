@@ -13,7 +13,7 @@ import torch
 
 from tests.attention.cases import BATCHES, BLOCK_SIZES, SPECS, views
 from tests.attention.fake_libraries import FLASHINFER, FakeFlashAttention2, FakeFlashAttention3, FakeTorchFlash
-from tests.triton_here import HAS_GPU, HAS_TRITON
+from tests.triton_here import HAS_GPU, RUNS_TRITON
 from vattention.attention.flash_attention import (
     FlashAttention3Kernel,
     FlashAttentionKernel,
@@ -101,7 +101,7 @@ def _subjects() -> dict[str, Subject]:
     )
     found |= {f"{kernel.name} (fake)": Subject(kernel) for kernel in fakes}
     found["flash_attention_paged (fake 3)"] = Subject(FlashAttentionPagedKernel(_nothing, _third, "cpu"))
-    if HAS_TRITON and not HAS_GPU:
+    if RUNS_TRITON and not HAS_GPU:
         few = ("decodes", "mixed", "long decodes")
         for kernel in (TritonKernel("cpu"), TritonPagedKernel("cpu")):
             # The interpreter's matrix products take bfloat16 for integers.

@@ -17,7 +17,7 @@ import torch
 from tests.attention.cases import BATCHES, SPECS, filled, in_blocks
 from tests.attention.reference import attend
 from tests.attention.subjects import empty_view
-from tests.triton_here import HAS_GPU, HAS_TRITON
+from tests.triton_here import HAS_GPU, HAS_TRITON, RUNS_TRITON
 from vattention.attention import triton_decode
 from vattention.attention.sequences import sequences
 from vattention.attention.triton_decode import MOST_SPLITS, TritonKernel, TritonPagedKernel, splits
@@ -25,12 +25,13 @@ from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="the package triton is not installed")
+runs_triton = pytest.mark.skipif(not RUNS_TRITON, reason="there is no Triton, or its interpreter is too old")
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 TOLERANCE = 2e-5 if HAS_GPU else 2e-6
 
 
-@needs_triton
+@runs_triton
 @pytest.mark.parametrize("spec_name", ["gqa", "window", "softcap", "sinks and window", "value_dim", "odd dims"])
 @pytest.mark.parametrize("block_size", [None, 16])
 def test_parts_make_the_whole(spec_name: str, block_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +48,7 @@ def test_parts_make_the_whole(spec_name: str, block_size: int | None, monkeypatc
     torch.testing.assert_close(result.double().cpu(), expected, atol=TOLERANCE, rtol=0)
 
 
-@needs_triton
+@runs_triton
 def test_more_query_heads_than_a_program_takes() -> None:
     spec = AttentionSpec(70, 1, 16, 16, 0.25)
     query, view, batch, _ = filled(spec, BATCHES["decodes"], device=DEVICE)

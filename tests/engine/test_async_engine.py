@@ -15,6 +15,8 @@ from vattention.engine.async_engine import AsyncEngine
 from vattention.errors import ContextLengthError, EngineStoppedError, QueueFullError
 from vattention.sampling_params import SamplingParams
 
+pytest.importorskip("pytest_asyncio")
+
 
 @pytest.fixture
 def engine() -> Iterator[AsyncEngine]:

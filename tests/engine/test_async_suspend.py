@@ -17,6 +17,8 @@ from vattention.engine.stream import RequestStream
 from vattention.errors import EngineStoppedError, QueueFullError, RequestError
 from vattention.sampling_params import SamplingParams
 
+pytest.importorskip("pytest_asyncio")
+
 PROMPT = [5, 6, 7, 8, 9]
 COUNT = 12
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from vattention.llm import LLM
-from vattention.model.demo import demo_folder
+from vattention.model.demo import PACKAGE, demo_folder
 from vattention.sampling_params import SamplingParams
+
+pytest.importorskip(PACKAGE)
 
 NUM_TOKENS = 32
 

@@ -16,6 +16,9 @@ from vattention.errors import RequestError
 from vattention.outputs import RequestOutput
 from vattention.sampling_params import SamplingParams
 
+pytest.importorskip("llguidance")
+pytest.importorskip("pytest_asyncio")
+
 COMPACT = {"x-guidance": {"whitespace_flexible": False}}
 ARRAY = "start: %json " + json.dumps(
     {"type": "array", "items": {"enum": [1, 20, 300]}, "minItems": 50, "maxItems": 60, **COMPACT}

@@ -19,6 +19,8 @@ from vattention.model.sampler import SampleRow, sample
 from vattention.model.tokenizer import Tokenizer
 from vattention.sampling_params import SamplingParams
 
+pytest.importorskip("llguidance")
+
 VOCAB, END = 400, 2
 SCHEMA = {
     "type": "object",
