@@ -284,6 +284,7 @@ class _FakeWrapper:
         keys, values = cache
         check_cache(query, keys, values)
         assert keys.stride() == values.stride()
+        assert keys.stride(0) < 2**32
         assert keys.dtype == plan["q_data_type"]
         assert keys.shape[1] == plan["page_size"]
         assert (query.shape[1], keys.shape[2], keys.shape[3]) == plan["heads"]

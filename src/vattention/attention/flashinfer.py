@@ -1,12 +1,15 @@
-"""Attention through FlashInfer's batch wrappers: `flashinfer-python` 0.2 and later, written after 0.6.18.
+"""Attention through FlashInfer's batch wrappers: `flashinfer-python` 0.2 and later, held against 0.5.3, 0.6.18 and
+0.7.2.
 
 A wrapper is told the shape of a batch once (`plan`, which runs on the host) and then runs for every layer. Caches
 are "NHD": [pages, page size, heads, dim], keys and values with the same strides. A window is given by its left
-side, the row's own key not counted; causal masks are aligned at the lower right.
+side, the row's own key not counted; causal masks are aligned at the lower right. Sequences are split along the keys
+between pages and nowhere else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,8 +29,8 @@ _installed: Library = partial(installed, "flashinfer")
 _HEAD_DIMS = (64, 128, 256)
 _WORKSPACE_NBYTES = 128 * 2**20
 """What FlashInfer's documentation recommends for the parts of split sequences."""
-_MOST_PAGE_NUMBERS = 2**32
-"""A page's stride is a 32-bit number of elements."""
+_PAGE_TOKENS = 128
+"""FlashInfer's smallest part of a sequence, so smaller pages would only make the table longer."""
 _GROUPS_WITHOUT_TENSOR_CORES = (1, 2)
 """Query heads per key head for which plain arithmetic keeps up with memory."""
 
@@ -35,9 +38,10 @@ _PLANS = "FlashInfer plans each batch on the host"
 
 
 class FlashInferKernel(SplitKernel[LayerView]):
-    """FlashInfer over contiguous slots: each slot is one page, so a table has one entry for each sequence.
+    """FlashInfer over contiguous slots, which it sees as pages in a row.
 
-    A window would need pages that begin where it does; such layers are left to others.
+    Under a window pages are single tokens, since the first has to begin where the window does: before that there
+    may be no memory.
 
     Args:
         library: gives what is called instead of `flashinfer`.
@@ -53,10 +57,6 @@ class FlashInferKernel(SplitKernel[LayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
-        if spec.window is not None:
-            return "FlashInfer cuts no windows out of contiguous slots"
-        if view.keys.stride(0) >= _MOST_PAGE_NUMBERS:
-            return f"FlashInfer takes slots of fewer than {_MOST_PAGE_NUMBERS:,} numbers"
         return _unsupported(spec, view, self._library(), self._runs_on)
 
     def attend(
@@ -67,14 +67,19 @@ class FlashInferKernel(SplitKernel[LayerView]):
         spec: AttentionSpec,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        def planned() -> Any:
-            starts = torch.arange(len(chosen) + 1, dtype=torch.int32)
-            lengths = torch.tensor(chosen.lengths, dtype=torch.int32)
-            wrapper = _wrapper(self._library(), chosen, spec, query.device)
-            return _planned(wrapper, view, chosen, spec, starts, chosen.slots, lengths, -1)
+        max_len = view.keys.shape[1]
+        size = 1 if chosen.window is not None else math.gcd(max_len, _PAGE_TOKENS)
+        keys, values = (tokens.view(-1, size, *tokens.shape[2:]) for tokens in (view.keys, view.values))
 
-        wrapper = chosen.once(("slots", spec, view.keys.dtype, view.keys.shape[1]), planned)
-        output: torch.Tensor = wrapper.run(query.contiguous(), (view.keys, view.values))
+        def planned() -> Any:
+            starts, last = _pages(torch.tensor(chosen.lengths, dtype=torch.int32), size)
+            firsts = (chosen.slots * max_len + chosen.first_keys) // size
+            entries = _ranges(firsts, starts)
+            wrapper = _wrapper(self._library(), chosen, spec, query.device)
+            return _planned(wrapper, keys, chosen, spec, starts, entries, last, chosen.window_left)
+
+        wrapper = chosen.once(("slots", spec, keys.dtype, max_len), planned)
+        output: torch.Tensor = wrapper.run(query.contiguous(), (keys, values))
         return output
 
 
@@ -108,20 +113,38 @@ class FlashInferPagedKernel(SplitKernel[PagedLayerView]):
         found, size = tables(view, chosen), view.block_size
 
         def planned() -> Any:
-            lengths = torch.tensor(found.lengths, dtype=torch.int32)
-            counts = -(-lengths // size)
-            starts = torch.zeros(len(chosen) + 1, dtype=torch.int32)
-            torch.cumsum(counts, 0, out=starts[1:])
+            starts, last = _pages(torch.tensor(found.lengths, dtype=torch.int32), size)
             # Each row's own entries, one row after the other.
-            here = torch.arange(found.blocks.shape[1]) < counts.unsqueeze(1)
-            entries = found.blocks.flatten()[sent(here.flatten().nonzero().flatten(), torch.int64, query.device)]
+            num_rows, row = found.blocks.shape
+            firsts = torch.arange(0, num_rows * row, row, dtype=torch.int32, device=query.device)
+            entries = found.blocks.flatten()[_ranges(firsts, starts)]
             wrapper = _wrapper(self._library(), chosen, spec, query.device)
-            last = lengths - (counts - 1) * size
-            return _planned(wrapper, view, chosen, spec, starts, entries, last, found.window_left)
+            return _planned(wrapper, view.keys, chosen, spec, starts, entries, last, found.window_left)
 
         wrapper = chosen.once(("blocks", spec, view.keys.dtype, id(found.source), size), planned)
         output: torch.Tensor = wrapper.run(query.contiguous(), (view.keys, view.values))
         return output
+
+
+def _pages(lengths: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n + 1] pages before each sequence, and all of them; [n] keys in each one's last page."""
+    counts = -(-lengths // size)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts, lengths - (counts - 1) * size
+
+
+def _ranges(firsts: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """[all] int32: as many numbers as each sequence has pages, one after the other from its first on.
+
+    Args:
+        firsts: [n] int32 on the device.
+        starts: [n + 1] int32 on the host.
+    """
+    total = int(starts[-1])
+    there = sent(torch.stack((starts[:-1], starts.diff())), torch.int32, firsts.device)
+    shifts = torch.repeat_interleave(firsts - there[0], there[1], output_size=total)
+    return shifts + torch.arange(total, dtype=torch.int32, device=firsts.device)
 
 
 def _wrapper(library: Any, chosen: Sequences, spec: AttentionSpec, device: torch.device) -> Any:
@@ -135,7 +158,7 @@ def _wrapper(library: Any, chosen: Sequences, spec: AttentionSpec, device: torch
 
 def _planned(
     wrapper: Any,
-    view: CacheView,
+    pages: torch.Tensor,
     chosen: Sequences,
     spec: AttentionSpec,
     starts: torch.Tensor,
@@ -146,17 +169,18 @@ def _planned(
     """Tell the wrapper about the batch.
 
     Args:
+        pages: the keys.
         starts: [n + 1] int32 on the host: where each sequence's entries begin, and how many there are.
         entries: [all] int32: pages, one sequence's after the other's.
         last_lengths: [n] int32 on the host: keys in each sequence's last page.
     """
-    page_size = view.keys.shape[1]
+    page_size = pages.shape[1]
     common = {
         "sm_scale": spec.scale,
         "window_left": window_left,
         "logits_soft_cap": spec.softcap or 0.0,
-        "q_data_type": view.keys.dtype,
-        "kv_data_type": view.keys.dtype,
+        "q_data_type": pages.dtype,
+        "kv_data_type": pages.dtype,
     }
     if chosen.is_decode:
         wrapper.plan(
