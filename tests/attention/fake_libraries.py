@@ -84,6 +84,7 @@ class FakeTorchFlash:
         arguments = [SimpleNamespace(name=name) for name in names]
         self.default = SimpleNamespace(_schema=SimpleNamespace(arguments=arguments))
         self.takes_tables = takes_tables
+        self.calls = 0
 
     def __call__(
         self,
@@ -104,6 +105,7 @@ class FakeTorchFlash:
         seqused_k: torch.Tensor,
         block_table: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
+        self.calls += 1
         check_cache(query, key, value)
         assert dropout_p == 0.0
         assert not return_debug_mask

@@ -22,7 +22,7 @@ from vattention.attention.flash_attention import (
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
 from vattention.attention.kernel import AttentionKernel, RaggedBatch
 from vattention.attention.registry import KERNELS
-from vattention.attention.torch_flash import TorchFlashKernel, TorchFlashPagedKernel
+from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel, TorchFlashPagedKernel
 from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
@@ -93,6 +93,7 @@ def _subjects() -> dict[str, Subject]:
     fakes: tuple[AttentionKernel[Any], ...] = (
         torch_flash,
         TorchFlashPagedKernel(FakeTorchFlash(), "cpu"),
+        TorchFlashGatheredKernel(FakeTorchFlash(takes_tables=False), "cpu"),
         FlashAttentionKernel(_second, "cpu"),
         FlashAttention3Kernel(_third, "cpu", (torch_flash,)),
         FlashAttentionPagedKernel(_second, _nothing, "cpu"),

@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from tests.attention.cases import BATCHES, SPECS, filled, in_blocks
+from tests.attention.fake_libraries import FakeTorchFlash
 from tests.attention.reference import attend
 from tests.attention.subjects import empty_view
 from tests.triton_here import HAS_GPU, HAS_TRITON, RUNS_TRITON
 from vattention.attention import triton_decode
 from vattention.attention.sequences import sequences
+from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel
 from vattention.attention.triton_decode import MOST_SPLITS, TritonKernel, TritonPagedKernel, splits
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView
@@ -55,6 +57,22 @@ def test_more_query_heads_than_a_program_takes() -> None:
     expected = attend(query, view, batch, spec)
     result = TritonKernel(DEVICE)(query, view, batch, spec, None)
     torch.testing.assert_close(result.double().cpu(), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("spec_name", ["wide", "wide, window", "wide, softcap"])
+@pytest.mark.parametrize("block_size", [None, 3])
+def test_prompts_go_through_torchs_flash_attention_where_it_can(spec_name: str, block_size: int | None) -> None:
+    spec, operator = SPECS[spec_name], FakeTorchFlash(takes_tables=False)
+    query, view, batch, _ = filled(spec, BATCHES["long chunks"], torch.bfloat16)
+    expected = attend(query, view, batch, spec)
+    if block_size is None:
+        result = TritonKernel("cpu", TorchFlashKernel(operator, "cpu"))(query, view, batch, spec, None)
+    else:
+        blocks = in_blocks(view, batch, spec, block_size)
+        kernel = TritonPagedKernel("cpu", TorchFlashGatheredKernel(operator, "cpu"))
+        result = kernel(query, blocks, batch, spec, None)
+    torch.testing.assert_close(result.double(), expected, atol=2e-2, rtol=0)
+    assert operator.calls == (0 if spec.softcap else 1)
 
 
 def test_parts_fill_the_gpu() -> None:

@@ -18,7 +18,7 @@ from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKer
 from vattention.attention.gathered import GatheredKernel
 from vattention.attention.kernel import AttentionKernel
 from vattention.attention.sdpa import SdpaKernel
-from vattention.attention.torch_flash import TorchFlashKernel, TorchFlashPagedKernel
+from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel, TorchFlashPagedKernel
 from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
 from vattention.errors import ConfigError
@@ -44,6 +44,7 @@ KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
             FlashAttentionPagedKernel(),
             TorchFlashPagedKernel(),
             TritonPagedKernel(),
+            TorchFlashGatheredKernel(),
             GatheredKernel(),
         )
     }

@@ -9,12 +9,13 @@ slots come in any order.
 
 from __future__ import annotations
 
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 
 from vattention.attention.libraries import unsupported_device, unsupported_layer
-from vattention.attention.sequences import Sequences, SplitKernel, tables
+from vattention.attention.sequences import Sequences, SplitKernel, sent, tables
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
@@ -124,6 +125,80 @@ class TorchFlashPagedKernel(SplitKernel[PagedLayerView]):
             block_table=found.blocks,
         )[0]
         return output
+
+
+class TorchFlashGatheredKernel(SplitKernel[PagedLayerView]):
+    """The same over copies of blocks, all sequences' one behind the other: for blocks of any size and any torch.
+
+    The copy is worth its price where many rows read it, which are prompts.
+
+    Args:
+        operator: called instead of torch's.
+        runs_on: the type of device it is for.
+    """
+
+    name = "torch_flash_gathered"
+    reads = PagedLayerView
+    uncapturable = "it copies as many tokens as the host says"
+
+    def __init__(self, operator: Any = None, runs_on: str = "cuda") -> None:
+        self._operator = operator or torch.ops.aten._flash_attention_forward
+        self._runs_on = runs_on
+
+    def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
+        return _unsupported(spec, view, self._runs_on)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: PagedLayerView,
+        chosen: Sequences,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        # What is kept holds on to the table, so that no other can have its id.
+        found = chosen.once(("copied", id(view.tables), view.block_size), lambda: _found(view, chosen))
+        output: torch.Tensor = self._operator(
+            query,
+            view.keys[found.blocks, found.tokens],
+            view.values[found.blocks, found.tokens],
+            chosen.row_starts,
+            found.starts,
+            chosen.most_rows,
+            chosen.most_keys,
+            0.0,
+            not chosen.is_decode,
+            False,
+            scale=spec.scale,
+            window_size_left=chosen.window_left,
+            window_size_right=-1 if chosen.is_decode else 0,
+            seqused_k=chosen.num_keys,
+        )[0]
+        return output
+
+
+class _Found(NamedTuple):
+    """Where the keys of some sequences are, m in all.
+
+    Attributes:
+        table: that of all slots.
+        blocks, tokens: [m] int64: each key's block, and its place there.
+        starts: [n + 1] int32: keys before each sequence's, and all of them.
+    """
+
+    table: torch.Tensor
+    blocks: torch.Tensor
+    tokens: torch.Tensor
+    starts: torch.Tensor
+
+
+def _found(view: PagedLayerView, chosen: Sequences) -> _Found:
+    device, total = view.tables.device, sum(chosen.lengths)
+    starts = sent([0, *accumulate(chosen.lengths)], torch.int32, device)
+    sequence = torch.repeat_interleave(torch.arange(len(chosen), device=device), chosen.num_keys, output_size=total)
+    positions = torch.arange(total, device=device) + (chosen.first_keys - starts[:-1])[sequence]
+    blocks = view.tables[chosen.slots[sequence], positions // view.block_size].long()
+    return _Found(view.tables, blocks, positions % view.block_size, starts)
 
 
 def _unsupported(spec: AttentionSpec, view: CacheView, runs_on: str) -> str | None:

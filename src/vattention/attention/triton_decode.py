@@ -1,6 +1,7 @@
 """Attention by kernels of our own on a GPU, which need nothing but Triton: the fallback where no library is.
 
-Decoding sequences go through `triton_kernels`; those that bring many rows through torch's kernels, as elsewhere.
+Decoding sequences go through `triton_kernels`; those that bring many rows through torch's FlashAttention where that
+can compute the layer, else through torch's kernels as elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from vattention.attention.gathered import attend_long, gather
 from vattention.attention.sequences import Sequences, SplitKernel
+from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
@@ -36,13 +38,15 @@ class TritonKernel(SplitKernel[LayerView]):
 
     Args:
         runs_on: the type of device; "cpu" under Triton's interpreter, for tests.
+        prompts: for sequences that bring many rows, where it can.
     """
 
     name = "triton"
     reads = LayerView
 
-    def __init__(self, runs_on: str = "cuda") -> None:
+    def __init__(self, runs_on: str = "cuda", prompts: SplitKernel[LayerView] | None = None) -> None:
         self._runs_on = runs_on
+        self._prompts = prompts or TorchFlashKernel()
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
         return unsupported(spec, view, self._runs_on)
@@ -57,6 +61,8 @@ class TritonKernel(SplitKernel[LayerView]):
     ) -> torch.Tensor:
         if chosen.is_decode:
             return decode(query, view, chosen, spec, sinks)
+        if self._prompts.unsupported(spec, view) is None:
+            return self._prompts.attend(query, view, chosen, spec, sinks)
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         for span in chosen.own_spans:
             attend_long(query, view, span, spec, sinks, output)
@@ -67,14 +73,15 @@ class TritonPagedKernel(SplitKernel[PagedLayerView]):
     """The same kernel with an address looked up for each key; blocks of the others are copied side by side.
 
     Args:
-        runs_on: as of `TritonKernel`.
+        runs_on, prompts: as of `TritonKernel`.
     """
 
     name = "triton_paged"
     reads = PagedLayerView
 
-    def __init__(self, runs_on: str = "cuda") -> None:
+    def __init__(self, runs_on: str = "cuda", prompts: SplitKernel[PagedLayerView] | None = None) -> None:
         self._runs_on = runs_on
+        self._prompts = prompts or TorchFlashGatheredKernel()
 
     def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
         return unsupported(spec, view, self._runs_on)
@@ -89,6 +96,8 @@ class TritonPagedKernel(SplitKernel[PagedLayerView]):
     ) -> torch.Tensor:
         if chosen.is_decode:
             return decode(query, view, chosen, spec, sinks)
+        if self._prompts.unsupported(spec, view) is None:
+            return self._prompts.attend(query, view, chosen, spec, sinks)
         output = query.new_empty(query.shape[0], spec.num_heads, spec.value_dim)
         for span in chosen.own_spans:
             attend_long(query, *gather(view, span, spec.window), spec, sinks, output)
