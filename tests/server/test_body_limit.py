@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from tests.server.conftest import Live, Serve
 from tests.server.fake_engine import FakeEngine
+from vattention.server import app
 from vattention.server.body_limit import max_body_nbytes
 
 LIMIT = max_body_nbytes(FakeEngine.max_model_len)
@@ -116,6 +119,46 @@ def test_others_are_not_disturbed(serve_app: Serve) -> None:
 def test_a_streamed_reply_is_refused_as_any_other(server: Live) -> None:
     body = b'{"stream": true,' + body_of(LIMIT)[1:]
     assert post(server, body).status_code == post(server, pieces(body)).status_code == 413
+
+
+@pytest.fixture
+def hurried(serve_app: Serve, monkeypatch: pytest.MonkeyPatch) -> Live:
+    monkeypatch.setattr(app, "BODY_TIMEOUT_S", 0.3)
+    return serve_app(FakeEngine(step_s=0.01))
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 99", "Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_body_that_does_not_come_is_not_waited_for(hurried: Live, path: str, framing: str) -> None:
+    with connect(hurried) as connection:
+        connection.sendall(head(framing, path))
+        status, body = answer(connection)
+        assert connection.recv(1) == b""
+    assert status == 408
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert "within 0.3 s" in body["error"]["message"]
+
+
+def test_nor_one_that_comes_by_and_by(hurried: Live) -> None:
+    with connect(hurried) as connection:
+        connection.sendall(head("Content-Length: 9999"))
+        connection.settimeout(0.05)
+        for _ in range(200):
+            connection.sendall(b" ")
+            with suppress(TimeoutError):
+                assert connection.recv(2**16).startswith(b"HTTP/1.1 408 ")
+                break
+        else:
+            pytest.fail("no answer")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_takes_long_once_the_body_is_there_may_do_so(hurried: Live, stream: bool) -> None:
+    body = b'{"prompt": "a", "max_tokens": 100, "stream": %s}' % (b"true" if stream else b"false")
+    start = time.monotonic()
+    assert post(hurried, body).status_code == 200
+    assert time.monotonic() - start > 0.9
+    assert hurried.engine.aborted == 0
 
 
 def test_without_the_key_nothing_is_said_about_sizes(serve_app: Serve) -> None:

@@ -17,7 +17,7 @@ from vattention import __version__
 from vattention.errors import EngineStoppedError
 from vattention.server import chat, completions, errors, tokens
 from vattention.server.auth import RequireKey
-from vattention.server.body_limit import LimitBody, max_body_nbytes
+from vattention.server.body_limit import BODY_TIMEOUT_S, LimitBody, max_body_nbytes
 from vattention.server.engine import ServedEngine
 from vattention.server.metrics import EngineMetrics
 from vattention.server.service import Service
@@ -63,7 +63,7 @@ def create_app(
 
     app = FastAPI(title="vattention", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     errors.install(app)
-    app.add_middleware(LimitBody, max_nbytes=max_body_nbytes(engine.max_model_len))
+    app.add_middleware(LimitBody, max_nbytes=max_body_nbytes(engine.max_model_len), timeout_s=BODY_TIMEOUT_S)
     if api_key:
         app.add_middleware(RequireKey, api_key=api_key)
     if allowed_origins:
