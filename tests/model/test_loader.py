@@ -144,7 +144,19 @@ def test_an_unknown_context_length() -> None:
         context_len(config, None)
 
 
-@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "some/where/else", "weights.gguf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/nowhere/model",
+        "./model",
+        "../model",
+        ".cache/model",
+        "~/no/model",
+        "some/where/else",
+        "model/",
+        "a/b.GGUF",
+    ],
+)
 def test_a_missing_path(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}.*no such file or folder"):
         load(EngineConfig(model=name))

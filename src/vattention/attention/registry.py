@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
@@ -71,12 +72,19 @@ def choose(name: str, spec: AttentionSpec, view: View) -> AttentionKernel[View]:
     if name == AUTO:
         said = "; ".join(f"{known}: {reason}" for known, reason in reasons.items())
         raise ConfigError(f"no attention kernel can compute this model's layers: {said}")
-    if name not in KERNELS:
-        raise ConfigError(f"attention={name!r} is not known; choose {', '.join(map(repr, [AUTO, *able]))}")
+    check_name(name, able)
     raise ConfigError(
         f"attention={name!r} cannot compute this model's layers: {reasons[name]}; "
         f"choose {', '.join(map(repr, [AUTO, *able]))}"
     )
+
+
+def check_name(name: str, able: Sequence[str]) -> None:
+    """Raises:
+    ConfigError: no kernel is called so; the message names those that are `able`.
+    """
+    if name not in (AUTO, *KERNELS):
+        raise ConfigError(f"attention={name!r} is not known; choose {', '.join(map(repr, [AUTO, *able]))}")
 
 
 def runnable(device: str) -> list[str]:

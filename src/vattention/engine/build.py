@@ -9,12 +9,12 @@ from dataclasses import replace
 from vattention.config import EngineConfig
 from vattention.engine.parts import Parts
 from vattention.garbage import loading
-from vattention.kv.build import create_manager, create_swap_space
+from vattention.kv.build import check_page_size, create_manager, create_swap_space
 from vattention.model.capture_decode import capture_decode
 from vattention.model.cuda_graphs import CudaCapture
 from vattention.model.fingerprint import fingerprint
 from vattention.model.fused_layer import fuse_layers
-from vattention.model.loader import load
+from vattention.model.loader import device_named, load
 from vattention.model.optimize import optimize
 from vattention.model.optimize_report import OptimizeReport
 from vattention.model.probe import probe
@@ -36,8 +36,11 @@ def build(config: EngineConfig) -> Parts:
 
 
 def _build(config: EngineConfig) -> Parts:
+    # What can be refused without the model is, before it is loaded.
+    device = str(device_named(config.device))
+    check_page_size(config, device)
+    swap_space = create_swap_space(config, device)
     loaded = load(config)
-    swap_space = create_swap_space(config, str(loaded.model.device))
     identity = fingerprint(loaded.model)
     if config.quantization is not None:
         # Keys and values are those of other weights.

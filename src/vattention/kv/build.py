@@ -121,6 +121,16 @@ _MANAGERS: dict[str, _Constructor] = {"virtual": _virtual, "paged": _paged, "res
 """By `EngineConfig.kv`."""
 
 
+def check_page_size(config: EngineConfig, device: str) -> None:
+    """Find out without a model whether there are such pages; on a GPU that waits for torch to have taken it.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if torch.device(device).type == "cpu" and config.page_size is not None:
+        open_driver(device, parse_nbytes(config.page_size)).close()
+
+
 def create_swap_space(config: EngineConfig, device: str) -> SwapSpace | None:
     """Where preempted sequences are kept, as `config` asks; None where it does not.
 

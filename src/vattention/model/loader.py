@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vattention.attention.registry import check_name, runnable
 from vattention.config import EngineConfig
 from vattention.errors import ConfigError, UnsupportedModelError
 from vattention.model.context import context_len
@@ -59,7 +60,8 @@ def load(config: EngineConfig) -> LoadedModel:
         ConfigError: it cannot be found or loaded, or an option does not fit it.
         UnsupportedModelError: it is no causal language model.
     """
-    device = _device(config.device)
+    device = device_named(config.device)
+    check_name(config.attention, runnable(device.type))
     source = find(str(demo_folder()) if config.model == DEMO else config.model)
     check_weights(source)
     hf_config = _load_config(source, config)
@@ -79,7 +81,10 @@ def load(config: EngineConfig) -> LoadedModel:
     )
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Raises:
+    ConfigError: torch has no such device here, or it cannot hold a KV cache.
+    """
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -48,7 +48,7 @@ def find(name: str, what: str = "model") -> Source:
         return Source(str(path.parent), path.name)
     if path.is_dir():
         return Source(str(path))
-    if name.startswith(("/", "./", "../", "~")) or name.lower().endswith(".gguf") or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.lower().endswith((".gguf", "/")) or name.count("/") > 1:
         raise ConfigError(f"{what} {name!r}: there is no such file or folder")
     return Source(name)
 
