@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import compiled, kernels, memory, overlap, steps, traces
+from benchmarks.gpu import fusing, kernels, memory, overlap, prompt_kernels, steps, traces
 from benchmarks.gpu.apart import BEGUN, measure_apart, read
 from benchmarks.gpu.machine import Machine, Table
 from benchmarks.mapping import surroundings
@@ -33,14 +33,17 @@ from benchmarks.mapping import surroundings
 PARTS: dict[str, Callable[[Machine], Table]] = {
     "ceilings": Machine.ceilings,
     "driver": memory.driver,
-    "kernels": kernels.measure,
+    "kernels": kernels.decode,
     "decode": steps.decode,
     "overlap": overlap.overlap,
     "prefill": steps.prefill,
-    "swap": memory.swapping,
+    "prompts": prompt_kernels.prompts,
     "prefix": traces.prefix,
-    "serving": traces.serving,
-    "compile": compiled.compiled,
+    "chats": traces.chats,
+    "long": traces.long_prompts,
+    "transformers": traces.beside_transformers,
+    "swap": memory.swapping,
+    "fusing": fusing.fusing,
 }
 
 

@@ -17,11 +17,28 @@ GRAPH_COPIES_NBYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
+class Chart:
+    """How to show a table: a line for each combination of what `lines` name, over x; bars where x are no numbers.
+
+    Attributes:
+        x, y: columns.
+        lines: columns.
+        aim: a line across.
+    """
+
+    x: str
+    y: str
+    lines: Sequence[str] = ()
+    aim: float | None = None
+
+
+@dataclass(frozen=True)
 class Table:
     """What one part found; its title says the aim."""
 
     title: str
     rows: Sequence[dict[str, object]]
+    chart: Chart | None = None
 
     def markdown(self) -> str:
         if not self.rows:

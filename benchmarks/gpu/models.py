@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -16,6 +16,7 @@ from vattention.engine.parts import Parts
 from vattention.kv.build import create_manager
 from vattention.kv.manager import KVManager
 from vattention.model.decode_graphs import CaptureReport
+from vattention.model.optimize import optimize
 from vattention.model.probe import probe
 from vattention.model.rope import fix_rope
 from vattention.model.runner import ModelRunner
@@ -54,43 +55,64 @@ _SHAPES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 }
 
 
-def random_model(shape: str, machine: Machine) -> PreTrainedModel:
+class RandomModel(NamedTuple):
+    """A model of random weights.
+
+    Attributes:
+        step_nbytes: weights that a decode step reads: an embedding table that is not the output layer too is not.
+        num_layer_weights: numbers in the weights of all decoder layers.
+    """
+
+    model: PreTrainedModel
+    step_nbytes: int
+    num_layer_weights: int
+
+
+def random_model(shape: str, machine: Machine, *, optimized: bool = True) -> RandomModel:
+    """
+    Args:
+        optimized: as engines do it.
+    """
     kind, options = _SHAPES[shape]
     if machine.tiny:
         options = {**options, **_TINY, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = kind(**options, max_position_embeddings=2**17)
     with machine.device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=machine.dtype)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    tables = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is tables
+    nbytes = sum(p.nbytes for p in model.parameters())
+    found = RandomModel(
+        model,
+        nbytes if tied else nbytes - int(tables.nbytes),
+        sum(p.numel() for p in model.get_decoder().layers.parameters()),
+    )
+    if optimized:
+        optimize(model)
+    return found
 
 
 @dataclass(frozen=True)
 class Served:
     """A model over a cache of its own, and what capturing its decode steps took."""
 
-    model: PreTrainedModel
+    random: RandomModel
     manager: KVManager
     runner: ModelRunner
     parts: Parts
     captured: CaptureReport | None
 
     @property
-    def weights_nbytes(self) -> int:
-        """Read by a decode step: an embedding table that is not the output layer too is not."""
-        tables = self.model.get_input_embeddings().weight
-        tied = self.model.get_output_embeddings().weight is tables
-        nbytes: int = sum(p.nbytes for p in self.model.parameters())
-        return nbytes if tied else nbytes - int(tables.nbytes)
-
-    @property
     def token_nbytes(self) -> int:
         """Of one token's keys and values in all layers."""
-        size = self.model.dtype.itemsize
+        size = self.random.model.dtype.itemsize
         return sum(size * s.num_kv_heads * (s.key_dim + s.value_dim) for s in self.parts.cache_specs)
 
 
 @contextmanager
-def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_len: int) -> Iterator[Served]:
+def served(machine: Machine, random: RandomModel, config: EngineConfig, max_len: int) -> Iterator[Served]:
+    model = random.model
     fix_rope(model, max_len)
     attention = probe(model)
     specs = attention.cache_specs
@@ -120,7 +142,7 @@ def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_l
                 default_sampling={},
                 cache_specs=specs,
             )
-            yield Served(model, manager, runner, parts, captured)
+            yield Served(random, manager, runner, parts, captured)
         finally:
             runner.close()
     finally:
@@ -129,8 +151,8 @@ def served(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_l
 
 
 @contextmanager
-def engine(machine: Machine, model: PreTrainedModel, config: EngineConfig, max_len: int) -> Iterator[LLMEngine]:
-    with served(machine, model, config, max_len) as running:
+def engine(machine: Machine, random: RandomModel, config: EngineConfig, max_len: int) -> Iterator[LLMEngine]:
+    with served(machine, random, config, max_len) as running:
         yield LLMEngine(config, running.parts)
 
 

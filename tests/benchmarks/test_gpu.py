@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import steps
+from benchmarks.gpu import report, steps
 from benchmarks.gpu.apart import measure_apart
-from benchmarks.gpu.machine import Machine, Table
+from benchmarks.gpu.machine import Chart, Machine, Table
 from tests.model.fake_graphs import DeviceKernel, FakeCapture
 from vattention.attention import registry
 from vattention.kv.manager import LayerView
@@ -117,6 +118,37 @@ def test_no_part_is_begun_too_late(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(gpu, "PARTS", {"first": works})
     gpu.main(["--device", "cpu", "--tiny", "--here", "--seconds", "0"])
     assert capsys.readouterr().out == "first: left for another run, 0 s are over\n"
+
+
+def test_the_report_has_every_table_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    source, folder = tmp_path / "gpu.json", tmp_path / "docs"
+    lines: list[dict[str, object]] = [{"n": 2**i, "rate": 1.5, "kind": kind} for i in range(3) for kind in "ab"]
+    bars: list[dict[str, object]] = [{"n": name, "rate": 2.0, "all": {"x": 1}} for name in ("slots", "blocks")]
+    tables = {
+        "lines": Table("Faster", lines, Chart("n", "rate", ("kind",), 1.0)),
+        "bars": Table("Larger", bars, Chart("n", "rate")),
+        "plain": Table("Bare", bars),
+    }
+    parts: dict[str, object] = {name: asdict(table) for name, table in tables.items()}
+    parts["broken"] = {"failed": "ValueError('not today')"}
+    source.write_text(json.dumps({"date": "2026-11-22", "environment": {"torch": "2.11"}, "parts": parts}))
+    report.main([str(source), str(folder)])
+    page = (folder / "gpu.md").read_text()
+    for expected in (
+        "2026-11-22",
+        "torch 2.11",
+        "### Faster",
+        "### Larger",
+        "### Bare",
+        "not today",
+        "(gpu-bars.svg)",
+    ):
+        assert expected in page
+    assert {path.name for path in folder.iterdir()} == {"gpu.md", "gpu-lines.svg", "gpu-bars.svg"}
+    assert "kind a" in (folder / "gpu-lines.svg").read_text()
+    with pytest.raises(SystemExit, match="nothing in"):
+        report.main([str(tmp_path / "none.json"), str(folder)])
 
 
 def test_a_table_shows_figures() -> None:
