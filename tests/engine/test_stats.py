@@ -60,7 +60,7 @@ def test_a_finished_request_counts_all_its_samples() -> None:
     run(engine)
     [finished] = recorder.finished
     assert (finished.finish_reason, finished.n, finished.max_tokens) == ("length", 3, 4)
-    assert (finished.num_prompt_tokens, finished.num_generated_tokens) == (2, 12)
+    assert (finished.num_prompt_tokens, finished.num_generated_tokens, finished.num_longest_tokens) == (2, 12, 4)
     assert finished.metrics.finished_time is not None
 
 

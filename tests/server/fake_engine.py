@@ -264,13 +264,14 @@ class FakeEngine:
             )
 
     def _report_finished(self, stream: FakeStream, reason: str) -> None:
-        count = 0 if stream.latest is None else sum(len(s.token_ids) for s in stream.latest.outputs)
+        counts = [0] if stream.latest is None else [len(sample.token_ids) for sample in stream.latest.outputs]
         for listener in self._listeners:
             listener.on_finished(
                 FinishedStats(
                     finish_reason=reason,
                     num_prompt_tokens=len(stream.prompt),
-                    num_generated_tokens=count,
+                    num_generated_tokens=sum(counts),
+                    num_longest_tokens=max(counts),
                     num_cached_tokens=0,
                     metrics=stream.metrics,
                     num_sequences=stream.params.n,

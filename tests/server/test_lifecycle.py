@@ -121,7 +121,7 @@ def test_clients_that_do_not_read_hold_up_nothing(start: Start) -> None:
                 b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n%b" % (max(len(text), 99), text.encode())
             )
-        wait_for(lambda: 'finished_reason="length",model_name="fake"} 250.0' in metrics(url))
+        wait_for(lambda: 'engine="0",finished_reason="length",model_name="fake"} 250.0' in metrics(url))
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0

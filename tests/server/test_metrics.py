@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import Live
@@ -14,13 +16,14 @@ from vattention.server.metrics import EngineMetrics, count_buckets
 
 
 def scrape(server: Live) -> dict[str, float]:
-    """Sample name, with its labels but the model's, to value."""
+    """Sample name, with its labels but the model's and the engine's, to value."""
     text = httpx.get(server.url + "/metrics").text
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels = {k: v for k, v in sample.labels.items() if k != "model_name"}
-            assert family.name.startswith(("process_", "python_")) or sample.labels["model_name"] == "fake"
+            labels = dict(sample.labels)
+            if not family.name.startswith("process_"):
+                assert (labels.pop("model_name"), labels.pop("engine")) == ("fake", "0")
             found[sample.name + (str(labels) if labels else "")] = sample.value
     return found
 
@@ -41,6 +44,8 @@ def test_counts_tokens_and_requests(server: Live) -> None:
     assert now["vllm:e2e_request_latency_seconds_count"] == 2
     assert now["vllm:request_prompt_tokens_sum"] == 14
     assert now["vllm:request_params_n_sum"] == 3
+    assert now["vllm:request_max_num_generation_tokens_sum"] == 9 + 3
+    assert now["vllm:request_num_preemptions_count"] == 2
 
 
 def test_gauges_are_read_at_the_scrape(server: Live) -> None:
@@ -84,6 +89,32 @@ def test_prefix_cache_is_counted_in_tokens() -> None:
     metrics.on_step(step(num_looked_up_tokens=10, num_cached_tokens=0))
     assert value(metrics, "vllm:prefix_cache_queries_total") == 110
     assert value(metrics, "vllm:prefix_cache_hits_total") == 64
+
+
+def test_prompts_are_counted_by_where_they_came_from() -> None:
+    metrics = EngineMetrics(FakeEngine(), "a")
+    metrics.on_step(step(num_prompt_tokens=36, num_looked_up_tokens=100, num_cached_tokens=64))
+    times = RequestMetrics(10.0, num_preemptions=2)
+    metrics.on_finished(finished(times, num_prompt_tokens=100, num_cached_tokens=64))
+    assert value(metrics, "vllm:prompt_tokens_total") == 100
+    assert value(metrics, "vllm:prompt_tokens_cached_total") == 64
+    assert value(metrics, "vllm:prompt_tokens_by_source_total", source="local_compute") == 36
+    assert value(metrics, "vllm:prompt_tokens_by_source_total", source="local_cache_hit") == 64
+    assert value(metrics, "vllm:request_prefill_kv_computed_tokens_sum") == 36
+    assert value(metrics, "vllm:request_num_preemptions_sum") == 2
+
+
+@pytest.mark.parametrize(("options", "block_size"), [({}, None), ({"kv": "paged", "block_size": 32}, "32")])
+def test_the_caches_options(options: dict[str, Any], block_size: str | None) -> None:
+    engine = FakeEngine()
+    engine.config = replace(engine.config, swap_space="/var/tmp:1GiB", **options)
+    [family] = [f for f in EngineMetrics(engine, "a").registry.collect() if f.name == "vllm:cache_config_info"]
+    [sample] = family.samples
+    assert sample.value == 1
+    assert sample.labels["kv"] == options.get("kv", "virtual")
+    assert sample.labels["enable_prefix_caching"] == "True"
+    assert sample.labels["swap_space"] == "/var/tmp:1GiB"
+    assert sample.labels.get("block_size") == block_size
 
 
 def test_phases_of_a_request() -> None:
@@ -136,6 +167,7 @@ def finished(metrics: RequestMetrics, **changes: Any) -> FinishedStats:
         "finish_reason": "stop",
         "num_prompt_tokens": 3,
         "num_generated_tokens": 0,
+        "num_longest_tokens": 0,
         "num_cached_tokens": 0,
         "metrics": metrics,
         "num_sequences": 1,
@@ -145,5 +177,5 @@ def finished(metrics: RequestMetrics, **changes: Any) -> FinishedStats:
     return FinishedStats(**values | changes)
 
 
-def value(metrics: EngineMetrics, name: str) -> float | None:
-    return metrics.registry.get_sample_value(name, {"model_name": "a"})
+def value(metrics: EngineMetrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(name, {"model_name": "a", "engine": "0", **labels})

@@ -81,6 +81,7 @@ class FinishedStats:
     Attributes:
         finish_reason: "stop", "length", "abort" or "error": the gravest of its samples'.
         num_generated_tokens: of all samples together.
+        num_longest_tokens: of the longest sample.
         num_cached_tokens: prompt tokens that needed no computing.
         metrics: when it arrived, started, got its first token and ended.
         num_sequences: that the tokens were generated for: more than n where the best of them are returned.
@@ -90,6 +91,7 @@ class FinishedStats:
     finish_reason: str
     num_prompt_tokens: int
     num_generated_tokens: int
+    num_longest_tokens: int
     num_cached_tokens: int
     metrics: RequestMetrics
     num_sequences: int
@@ -152,6 +154,7 @@ class Stats:
             finish_reason=next((reason for reason in _GRAVITY if reason in reasons), "error"),
             num_prompt_tokens=len(request.prompt_token_ids),
             num_generated_tokens=request.num_generated_tokens,
+            num_longest_tokens=max(len(sequence.output_token_ids) for sequence in request.sequences),
             num_cached_tokens=request.num_cached_tokens or 0,
             metrics=request.metrics,
             num_sequences=len(request.sequences),

@@ -31,6 +31,11 @@ _REQUEST_S = (
 )
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _SAMPLES = (1, 2, 5, 10, 20)
+_PREEMPTIONS = (1, 2, 3, 4, 5, 10, 20)
+
+_LABELS = ("model_name", "engine")
+_ENGINE = "0"
+"""vLLM numbers its engines, and its dashboards choose by that label; here there is one."""
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
@@ -63,7 +68,18 @@ class EngineMetrics:
         self._model_name = model_name
         tokens = count_buckets(engine.max_model_len)
 
-        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
+        self._prompt_tokens = self._counter(
+            "vllm:prompt_tokens", "Prompt tokens, from the prefix cache or computed, also again after a preemption."
+        )
+        self._cached_tokens = self._counter("vllm:prompt_tokens_cached", "Of them, those from the prefix cache.")
+        by_source = Counter(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens by where their keys and values came from.",
+            [*_LABELS, "source"],
+            registry=self.registry,
+        )
+        self._local_compute = by_source.labels(model_name, _ENGINE, "local_compute")
+        self._local_cache_hit = by_source.labels(model_name, _ENGINE, "local_cache_hit")
         self._generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self._prefix_queries = self._counter(
             "vllm:prefix_cache_queries", "Tokens that the prefix cache was asked for."
@@ -75,10 +91,10 @@ class EngineMetrics:
         success = Counter(
             "vllm:request_success",
             "Requests that ended, by reason.",
-            ["model_name", "finished_reason"],
+            [*_LABELS, "finished_reason"],
             registry=self.registry,
         )
-        self._finished = {reason: success.labels(model_name, reason) for reason in FINISH_REASONS}
+        self._finished = {reason: success.labels(model_name, _ENGINE, reason) for reason in FINISH_REASONS}
 
         self._step_tokens = self._histogram(
             "vllm:iteration_tokens_total", "Tokens computed per step.", _STEP_TOKENS
@@ -117,6 +133,17 @@ class EngineMetrics:
         self._request_generation_tokens = self._histogram(
             "vllm:request_generation_tokens", "Tokens generated per request, all samples together.", tokens
         )
+        self._request_longest = self._histogram(
+            "vllm:request_max_num_generation_tokens", "Tokens of a request's longest sample.", tokens
+        )
+        self._request_computed_tokens = self._histogram(
+            "vllm:request_prefill_kv_computed_tokens",
+            "Prompt tokens per request that the prefix cache did not have.",
+            tokens,
+        )
+        self._request_preemptions = self._histogram(
+            "vllm:request_num_preemptions", "How often a request's sequences lost their memory.", _PREEMPTIONS
+        )
         self._request_max_tokens = self._histogram(
             "vllm:request_params_max_tokens", "max_tokens of requests that name it.", tokens
         )
@@ -127,7 +154,10 @@ class EngineMetrics:
         engine.add_listener(self)
 
     def on_step(self, stats: StepStats) -> None:
-        self._prompt_tokens.inc(stats.num_prompt_tokens)
+        self._prompt_tokens.inc(stats.num_prompt_tokens + stats.num_cached_tokens)
+        self._cached_tokens.inc(stats.num_cached_tokens)
+        self._local_compute.inc(stats.num_prompt_tokens)
+        self._local_cache_hit.inc(stats.num_cached_tokens)
         self._generation_tokens.inc(stats.num_generated_tokens)
         self._prefix_queries.inc(stats.num_looked_up_tokens)
         self._prefix_hits.inc(stats.num_cached_tokens)
@@ -142,6 +172,9 @@ class EngineMetrics:
         self._finished[stats.finish_reason].inc()
         self._request_prompt_tokens.observe(stats.num_prompt_tokens)
         self._request_generation_tokens.observe(stats.num_generated_tokens)
+        self._request_longest.observe(stats.num_longest_tokens)
+        self._request_computed_tokens.observe(stats.num_prompt_tokens - stats.num_cached_tokens)
+        self._request_preemptions.observe(stats.metrics.num_preemptions)
         self._request_n.observe(stats.n)
         if stats.max_tokens is not None:
             self._request_max_tokens.observe(stats.max_tokens)
@@ -166,11 +199,11 @@ class EngineMetrics:
                 self._per_token_s.observe((end - first) / (per_sample - 1))
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ["model_name"], registry=self.registry).labels(self._model_name)
+        return Counter(name, text, _LABELS, registry=self.registry).labels(self._model_name, _ENGINE)
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets).labels(
-            self._model_name
+        return Histogram(name, text, _LABELS, registry=self.registry, buckets=buckets).labels(
+            self._model_name, _ENGINE
         )
 
 
@@ -185,6 +218,7 @@ class _Gauges(Collector):
         now = self._engine.statistics()
         accounts = now.accounts
         usage = accounts.live_nbytes / accounts.limit_nbytes if accounts.limit_nbytes > 0 else 0.0
+        yield self._cache_config()
         yield self._gauge("vllm:num_requests_running", "Sequences that run.", now.num_running)
         yield self._gauge("vllm:num_requests_waiting", "Sequences that wait.", now.num_waiting)
         yield self._gauge(
@@ -206,6 +240,23 @@ class _Gauges(Collector):
         return ()
 
     def _gauge(self, name: str, text: str, value: float) -> Any:
-        family = GaugeMetricFamily(name, text, labels=["model_name"])
-        family.add_metric([self._model_name], value)
+        family = GaugeMetricFamily(name, text, labels=_LABELS)
+        family.add_metric([self._model_name, _ENGINE], value)
+        return family
+
+    def _cache_config(self) -> Metric:
+        """vLLM's metric of the cache's options, with what they are here: blocks only where there are any."""
+        config = self._engine.config
+        options = {
+            "kv": config.kv,
+            "kv_layout": config.kv_layout,
+            "kv_memory": config.kv_memory,
+            "page_size": config.page_size,
+            "enable_prefix_caching": config.caches_prefixes,
+            "swap_space": config.swap_space,
+        }
+        if config.kv == "paged":
+            options["block_size"] = config.block_size
+        family = GaugeMetricFamily("vllm:cache_config_info", "The KV cache's options.", labels=[*_LABELS, *options])
+        family.add_metric([self._model_name, _ENGINE, *map(str, options.values())], 1)
         return family
