@@ -10,8 +10,18 @@ from typing import Any
 
 from vattention.errors import RequestError
 
-AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_AS_MODELS_WRITE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """llguidance's options for JSON. White space that is free is where a model may get stuck."""
+
+
+def json_value(schema: Mapping[str, Any]) -> str:
+    """What stands in a grammar for a value of a JSON schema, which is spaced as models write JSON.
+
+    Raises:
+        TypeError, ValueError: the schema cannot be written as JSON.
+    """
+    spaced = {"x-guidance": _AS_MODELS_WRITE, **schema}
+    return f"%json {json_format.dumps(spaced, ensure_ascii=False, allow_nan=False)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +72,9 @@ def _json(schema: object) -> str:
     if not isinstance(schema, Mapping):
         raise _invalid(f"json must be a schema, which is an object, not {schema!r}")
     try:
-        text = json_format.dumps({"x-guidance": AS_MODELS_WRITE, **schema}, ensure_ascii=False, allow_nan=False)
+        return f"start: {json_value(schema)}"
     except (TypeError, ValueError) as error:
         raise _invalid(f"json cannot be written as JSON: {error}") from error
-    return f"start: %json {text}"
 
 
 def _choice(choice: object) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vattention.errors import RequestError
 from vattention.server.tools.reading import CallFormat
-from vattention.structured_outputs import AS_MODELS_WRITE
+from vattention.structured_outputs import json_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,9 @@ def forced_calls(
         functions: those that may be called.
         special: of the format's markers those that are special tokens, with their ids.
         only_one: one call, and not several.
+
+    Raises:
+        RequestError: a function's schema has numbers that JSON has not.
     """
     way = call_format.writing
     between = _terminals(way.between, special)
@@ -42,13 +46,16 @@ def forced_calls(
     for i, function in enumerate(functions):
         before = way.before.replace(way.NAME, json.dumps(function.name, ensure_ascii=False))
         rules.append(f"call{i}: {_terminals(before, special)} arguments{i} {_terminals(way.after, special)}")
-        rules.append(f"arguments{i}: %json {json.dumps(_schema(function.parameters), ensure_ascii=False)}")
+        rules.append(f"arguments{i}: {_arguments(function)}")
     return "\n".join(rules)
 
 
-def _schema(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    schema = {"properties": {}, "additionalProperties": False} if parameters is None else parameters
-    return {"type": "object", **schema, "x-guidance": AS_MODELS_WRITE}
+def _arguments(function: Function) -> str:
+    none: Mapping[str, Any] = {"properties": {}, "additionalProperties": False}
+    try:
+        return json_value({"type": "object", **(none if function.parameters is None else function.parameters)})
+    except ValueError as error:
+        raise RequestError(f"parameters of {function.name!r} are no JSON: {error}", param="tools") from error
 
 
 def _terminals(text: str, special: Mapping[str, Sequence[int]]) -> str:
