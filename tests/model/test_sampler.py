@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from tests.model.test_gumbel import exact_gumbel, hashed
 from vattention.errors import RequestError
+from vattention.model import cut as cutting
 from vattention.model import draw as drawing
+from vattention.model import sampler
 from vattention.model.gumbel import likeliest, noise_for
 from vattention.model.predictions import GivenLogits
 from vattention.model.sampler import SampledToken, SampleRow, prompt_logprobs, sample, validate
@@ -24,6 +26,14 @@ VOCAB = 60
 PROMPT = [3, 5, 5, 9]
 OUTPUT = [9, 9, 11, 40]
 END = frozenset({1, 2})
+
+
+@pytest.fixture(autouse=True, params=["row by row", "all rows at once"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor, and as on a GPU."""
+    monkeypatch.setattr(sampler, "_sorts_well", lambda logits: request.param == "all rows at once")
+    # Not all rows of a batch at a time.
+    monkeypatch.setattr(cutting, "_NUMBERS_AT_A_TIME", 50 * VOCAB)
 
 
 def row(seed: int = 0, output: list[int] = OUTPUT, **params: Any) -> SampleRow:

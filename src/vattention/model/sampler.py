@@ -9,12 +9,13 @@ top_k, top_p.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from vattention.errors import RequestError, VAttentionError
+from vattention.model.cut import cut
 from vattention.model.draw import Row, draw
 from vattention.model.grammar import GrammarMask
 from vattention.model.gumbel import noise_for
@@ -57,6 +58,11 @@ class SampleRow:
     def is_plain(self) -> bool:
         """Whether the largest logit alone decides, or that with noise, and nothing is reported about it."""
         return len(self.output_token_ids) >= self._plain_from
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether min_p, top_k and top_p are all that stands between the logits and a draw."""
+        return not self.params.greedy and self.params.num_logprobs is None and not self.is_adjusted
 
     @property
     def draw(self) -> tuple[int, int, float]:
@@ -106,12 +112,41 @@ def sample(predictions: Predictions, indices: Sequence[int], rows: Sequence[Samp
             error = logits_error(value)
             chosen[i] = SampledToken(token_id) if error is None else SampledToken(-1, error=error)
     if others:
-        given = GivenLogits(predictions.logits([indices[i] for i in others]))
-        everything = range(len(others))
-        token_ids, largest = given.likeliest(everything)
-        for i, logits, likeliest, value in zip(others, given.logits(everything), token_ids, largest, strict=True):
-            chosen[i] = _choose(logits, rows[i], int(likeliest), float(value))
+        logits = predictions.logits([indices[i] for i in others])
+        by_way: dict[Callable[..., list[SampledToken]], list[int]] = {}
+        for at, i in enumerate(others):
+            way = _draw_together if rows[i].is_cut and _sorts_well(logits) else _choose_each
+            by_way.setdefault(way, []).append(at)
+        for way, places in by_way.items():
+            some = logits if len(places) == len(others) else logits[places]
+            tokens = way(some, [rows[others[at]] for at in places])
+            chosen.update(zip((others[at] for at in places), tokens, strict=True))
     return [chosen[i] for i in range(len(rows))]
+
+
+def _sorts_well(logits: torch.Tensor) -> bool:
+    """Whether all rows are cut in less time where they are than one by one on the host."""
+    return logits.is_cuda
+
+
+def _draw_together(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    """Rows of which `is_cut` is true."""
+    _, largest = GivenLogits(logits).likeliest(range(len(rows)))
+    left = cut(logits, [row.params for row in rows])
+    token_ids, _ = GivenLogits(left).likeliest(range(len(rows)), noise_for([row.draw for row in rows]))
+    errors = [logits_error(value) for value in largest.tolist()]
+    return [
+        SampledToken(token_id) if error is None else SampledToken(-1, error=error)
+        for token_id, error in zip(token_ids.tolist(), errors, strict=True)
+    ]
+
+
+def _choose_each(logits: torch.Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    token_ids, largest = GivenLogits(logits).likeliest(range(len(rows)))
+    return [
+        _choose(one, row, int(token_id), float(value))
+        for one, row, token_id, value in zip(logits, rows, token_ids, largest, strict=True)
+    ]
 
 
 def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprobs]:
