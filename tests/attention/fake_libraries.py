@@ -247,9 +247,9 @@ class FakeFlashAttention3:
 class _FakeWrapper:
     """What FlashInfer's wrappers for decoding and for prompts share; `plan` before `run`."""
 
-    def __init__(self, workspace: torch.Tensor, kv_layout: str) -> None:
-        assert workspace.dtype == torch.uint8
-        assert workspace.nbytes >= 128 * 2**20
+    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str) -> None:
+        assert float_workspace_buffer.dtype == torch.uint8
+        assert float_workspace_buffer.nbytes >= 128 * 2**20
         assert kv_layout == "NHD"
         self._planned: dict[str, Any] | None = None
 
@@ -310,8 +310,10 @@ class _FakeWrapper:
 
 
 class BatchDecodeWithPagedKVCacheWrapper(_FakeWrapper):
-    def __init__(self, workspace: torch.Tensor, kv_layout: str, *, use_tensor_cores: bool = False) -> None:
-        super().__init__(workspace, kv_layout)
+    def __init__(
+        self, float_workspace_buffer: torch.Tensor, kv_layout: str, *, use_tensor_cores: bool = False
+    ) -> None:
+        super().__init__(float_workspace_buffer, kv_layout)
         self._use_tensor_cores = use_tensor_cores
 
     def plan(
