@@ -24,6 +24,8 @@ CONTEXTS = (1024, 8192, 32768, 196608)
 BLOCK_SIZES = (16, 64, 256)
 SLOW = ("gathered", "sdpa")
 """One call per sequence: not worth the time where there are many."""
+COPIES = "torch_flash_gathered"
+"""For prompts, whose rows share the copy."""
 NEVER = "eager"
 MOST_COPIES = 32
 
@@ -86,7 +88,7 @@ def _case(machine: Machine, num_seqs: int, context: int) -> Iterator[dict[str, o
     fixed: dict[str, float] = {}
     failed: dict[str, str] = {}
     for label, view in views(keys, values):
-        for name in able(view, (NEVER,) if num_seqs <= 8 else (NEVER, *SLOW)):
+        for name in able(view, (NEVER, COPIES) if num_seqs <= 8 else (NEVER, COPIES, *SLOW)):
             try:
                 times[f"{name}{label}"] = _time(machine, name, view, query, copies)
                 if isinstance(view, LayerView) and KERNELS[name].uncapturable is None:
