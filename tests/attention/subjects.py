@@ -21,13 +21,14 @@ from vattention.attention.flash_attention import (
 )
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
 from vattention.attention.kernel import AttentionKernel, RaggedBatch
+from vattention.attention.prompts_apart import PromptsApart
 from vattention.attention.registry import KERNELS
 from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel, TorchFlashPagedKernel
 from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
-READ_WHOLE_BLOCKS = ("flashinfer_paged", "flash_attention_paged", "torch_flash_paged")
+READ_WHOLE_BLOCKS = ("flashinfer_paged_prompts", "flashinfer_paged", "flash_attention_paged", "torch_flash_paged")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def _subjects() -> dict[str, Subject]:
         FlashAttentionPagedKernel(_second, _nothing, "cpu"),
         FlashInferKernel(_flashinfer, "cpu"),
         FlashInferPagedKernel(_flashinfer, "cpu"),
+        PromptsApart("flashinfer_prompts", LayerView, FlashInferKernel(_flashinfer, "cpu"), (torch_flash,)),
     )
     found |= {f"{kernel.name} (fake)": Subject(kernel) for kernel in fakes}
     found["flash_attention_paged (fake 3)"] = Subject(FlashAttentionPagedKernel(_nothing, _third, "cpu"))

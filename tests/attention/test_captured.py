@@ -22,7 +22,9 @@ from vattention.attention.flash_attention import (
 )
 from vattention.attention.flashinfer import FlashInferKernel
 from vattention.attention.kernel import AttentionKernel
+from vattention.attention.prompts_apart import PromptsApart
 from vattention.attention.torch_flash import TorchFlashKernel, TorchFlashPagedKernel
+from vattention.kv.manager import LayerView
 
 MOST_KEYS = 300
 
@@ -54,6 +56,12 @@ KERNELS: dict[str, Callable[[FakeCapture], AttentionKernel[Any]]] = {
     "flash_attention": lambda c: FlashAttentionKernel(library(c, FakeFlashAttention2), "cpu"),
     "flash_attention_3": lambda c: FlashAttention3Kernel(
         library(c, FakeFlashAttention3), "cpu", (TorchFlashKernel(Launched(c), "cpu"),)
+    ),
+    "flashinfer_prompts": lambda c: PromptsApart(
+        "flashinfer_prompts",
+        LayerView,
+        FlashInferKernel(lambda: FLASHINFER, "cpu"),
+        (TorchFlashKernel(Launched(c), "cpu"),),
     ),
     "flash_attention_paged, 2": lambda c: FlashAttentionPagedKernel(
         library(c, FakeFlashAttention2), nothing, "cpu"

@@ -45,6 +45,8 @@ def test_kernels_that_ask_the_host_say_so() -> None:
         "flash_attention",
         "flash_attention_3",
         "flash_attention_paged",
+        "flashinfer_paged_prompts",
+        "flashinfer_prompts",
         "torch_flash",
         "torch_flash_paged",
         "triton",

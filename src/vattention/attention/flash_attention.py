@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vattention.attention.libraries import installed, unsupported_device, unsupported_layer
+from vattention.attention.prompts_apart import PromptsApart
 from vattention.attention.sequences import Sequences, SplitKernel, tables
 from vattention.attention.torch_flash import PAGE_TOKENS, TorchFlashKernel
 from vattention.attention.triton_decode import TritonKernel
@@ -74,7 +75,7 @@ class FlashAttentionKernel(SplitKernel[LayerView]):
         return output.squeeze(1)
 
 
-class FlashAttention3Kernel(SplitKernel[LayerView]):
+class FlashAttention3Kernel(PromptsApart[LayerView]):
     """FlashAttention-3 for prompts over contiguous slots, on Hopper GPUs; decoding by a kernel that reads exactly.
 
     Version 3 loads keys and values in whole tiles and masks what lies behind a sequence's end, so it may be given
@@ -87,24 +88,24 @@ class FlashAttention3Kernel(SplitKernel[LayerView]):
         decoders: for decoding, the best first.
     """
 
-    name = "flash_attention_3"
-    reads = LayerView
-
     def __init__(
         self,
         library: Library = _third,
         runs_on: str = "cuda",
         decoders: tuple[SplitKernel[LayerView], ...] | None = None,
     ) -> None:
+        prompts = _FlashAttention3Prompts(library, runs_on)
+        decoders = decoders or (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel())
+        super().__init__("flash_attention_3", LayerView, prompts, decoders)
+
+
+class _FlashAttention3Prompts(SplitKernel[LayerView]):
+    def __init__(self, library: Library, runs_on: str) -> None:
         self._library = library
         self._runs_on = runs_on
-        self._decoders = decoders or (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel())
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
-        reason = _unsupported(spec, view, self._library(), "flash_attn_interface", self._runs_on)
-        if reason is None and self._decoder(spec, view) is None:
-            return "no kernel beside it can decode such a layer"
-        return reason
+        return _unsupported(spec, view, self._library(), "flash_attn_interface", self._runs_on)
 
     def attend(
         self,
@@ -114,15 +115,7 @@ class FlashAttention3Kernel(SplitKernel[LayerView]):
         spec: AttentionSpec,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        if not chosen.is_decode:
-            return _each_in_its_slice(self._library().flash_attn_with_kvcache, query, view, chosen, spec)
-        decoder = self._decoder(spec, view)
-        if decoder is None:
-            raise RuntimeError("nothing can decode such a layer: `unsupported` says so beforehand")
-        return decoder.attend(query, view, chosen, spec, sinks)
-
-    def _decoder(self, spec: AttentionSpec, view: LayerView) -> SplitKernel[LayerView] | None:
-        return next((kernel for kernel in self._decoders if kernel.unsupported(spec, view) is None), None)
+        return _each_in_its_slice(self._library().flash_attn_with_kvcache, query, view, chosen, spec)
 
 
 class FlashAttentionPagedKernel(SplitKernel[PagedLayerView]):

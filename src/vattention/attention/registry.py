@@ -18,6 +18,7 @@ from vattention.attention.flash_attention import (
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
 from vattention.attention.gathered import GatheredKernel
 from vattention.attention.kernel import AttentionKernel
+from vattention.attention.prompts_apart import PromptsApart
 from vattention.attention.sdpa import SdpaKernel
 from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel, TorchFlashPagedKernel
 from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
@@ -34,6 +35,12 @@ KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
         for kernel in (
             NativeKernel(),
             FlashAttention3Kernel(),
+            PromptsApart(
+                "flashinfer_prompts",
+                LayerView,
+                FlashInferKernel(),
+                (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel()),
+            ),
             FlashAttentionKernel(),
             TorchFlashKernel(),
             FlashInferKernel(),
@@ -41,6 +48,12 @@ KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
             SdpaKernel(),
             EagerKernel(),
             PagedKernel(),
+            PromptsApart(
+                "flashinfer_paged_prompts",
+                PagedLayerView,
+                FlashInferPagedKernel(),
+                (FlashAttentionPagedKernel(), TorchFlashPagedKernel(), TritonPagedKernel()),
+            ),
             FlashInferPagedKernel(),
             FlashAttentionPagedKernel(),
             TorchFlashPagedKernel(),
