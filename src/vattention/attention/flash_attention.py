@@ -48,7 +48,7 @@ class FlashAttentionKernel(SplitKernel[LayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
-        return _unsupported(spec, view, self._library(), "flash_attn", self._runs_on)
+        return _unsupported(spec, view, self._library, "flash_attn", self._runs_on)
 
     def attend(
         self,
@@ -105,7 +105,7 @@ class _FlashAttention3Prompts(SplitKernel[LayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
-        return _unsupported(spec, view, self._library(), "flash_attn_interface", self._runs_on)
+        return _unsupported(spec, view, self._library, "flash_attn_interface", self._runs_on)
 
     def attend(
         self,
@@ -134,9 +134,8 @@ class FlashAttentionPagedKernel(SplitKernel[PagedLayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
-        third = self._third()
-        reason = _unsupported(spec, view, third or self._second(), "flash_attn", self._runs_on)
-        if reason is None and third is None and view.block_size % PAGE_TOKENS:
+        reason = _unsupported(spec, view, lambda: self._third() or self._second(), "flash_attn", self._runs_on)
+        if reason is None and view.block_size % PAGE_TOKENS and self._third() is None:
             return f"FlashAttention-2 takes blocks of a multiple of {PAGE_TOKENS} tokens, not {view.block_size}"
         return reason
 
@@ -215,8 +214,10 @@ def _each_in_its_slice(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _unsupported(spec: AttentionSpec, view: CacheView, library: Any, name: str, runs_on: str) -> str | None:
+def _unsupported(spec: AttentionSpec, view: CacheView, library: Library, name: str, runs_on: str) -> str | None:
+    # The device first: importing a package takes seconds, and elsewhere it is of no use.
+    reason = unsupported_device(view, runs_on) or unsupported_layer(spec, view)
     # The name flash_attn alone may be that of version 4, which has other functions.
-    if getattr(library, "flash_attn_with_kvcache", None) is None:
+    if reason is None and getattr(library(), "flash_attn_with_kvcache", None) is None:
         return f"the package {name} is not installed"
-    return unsupported_device(view, runs_on) or unsupported_layer(spec, view)
+    return reason

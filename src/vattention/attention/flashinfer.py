@@ -57,7 +57,7 @@ class FlashInferKernel(SplitKernel[LayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
-        return _unsupported(spec, view, self._library(), self._runs_on)
+        return _unsupported(spec, view, self._library, self._runs_on)
 
     def attend(
         self,
@@ -100,7 +100,7 @@ class FlashInferPagedKernel(SplitKernel[PagedLayerView]):
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: PagedLayerView) -> str | None:
-        return _unsupported(spec, view, self._library(), self._runs_on)
+        return _unsupported(spec, view, self._library, self._runs_on)
 
     def attend(
         self,
@@ -203,11 +203,13 @@ def _planned(
     return wrapper
 
 
-def _unsupported(spec: AttentionSpec, view: CacheView, library: Any, runs_on: str) -> str | None:
-    if library is None:
-        return "the package flashinfer is not installed"
+def _unsupported(spec: AttentionSpec, view: CacheView, library: Library, runs_on: str) -> str | None:
+    # The device first: importing the package takes seconds, and elsewhere it is of no use.
+    reason = unsupported_device(view, runs_on) or unsupported_layer(spec, view)
+    if reason is not None:
+        return reason
     if spec.key_dim not in _HEAD_DIMS:
         return f"FlashInfer takes heads of {', '.join(map(str, _HEAD_DIMS))} numbers, not {spec.key_dim}"
     if view.keys.stride() != view.values.stride():
         return "FlashInfer takes keys and values with the same strides"
-    return unsupported_device(view, runs_on) or unsupported_layer(spec, view)
+    return "the package flashinfer is not installed" if library() is None else None

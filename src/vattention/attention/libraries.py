@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ import torch
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView
 
+_log = logging.getLogger(__name__)
+
 HALVES = (torch.float16, torch.bfloat16)
 
 _AMPERE = (8, 0)
@@ -19,12 +22,16 @@ _AMPERE = (8, 0)
 
 @lru_cache(maxsize=16)
 def installed(name: str) -> Any:
-    """The module called `name`, or None where it is not installed.
-
-    Raises:
-        ImportError: it is installed, and broken.
+    """The module called `name`, or None where it is not installed, or cannot be imported, which is logged: one that
+    was compiled for another torch need not keep other kernels from running.
     """
-    return import_module(name) if find_spec(name) is not None else None
+    if find_spec(name) is None:
+        return None
+    try:
+        return import_module(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        _log.warning("%s is installed, and cannot be imported: %s", name, error)
+        return None
 
 
 def unsupported_device(view: CacheView, runs_on: str) -> str | None:

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.attention.cases import SPECS
+from tests.attention.subjects import empty_view
+from vattention.attention.flash_attention import (
+    FlashAttention3Kernel,
+    FlashAttentionKernel,
+    FlashAttentionPagedKernel,
+)
+from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
+from vattention.attention.kernel import AttentionKernel
+from vattention.attention.libraries import installed
+
+
+def test_what_is_not_there() -> None:
+    assert installed("no_such_package") is None
+
+
+def test_what_cannot_be_imported_is_not_there_either_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "for_another_torch.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert installed("for_another_torch") is None
+        assert installed("for_another_torch") is None
+    (said,) = caplog.messages
+    assert "for_another_torch" in said
+    assert "undefined symbol" in said
+
+
+def never() -> Any:
+    raise AssertionError("imported where it cannot run")
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        FlashAttentionKernel(never),
+        FlashAttention3Kernel(never),
+        FlashAttentionPagedKernel(never, never),
+        FlashInferKernel(never),
+        FlashInferPagedKernel(never),
+    ],
+    ids=lambda kernel: kernel.name,
+)
+def test_nothing_is_imported_for_a_cache_it_cannot_read(kernel: AttentionKernel[Any]) -> None:
+    reason = kernel.unsupported(SPECS["wide"], empty_view(kernel.reads, SPECS["wide"], torch.bfloat16))
+    assert "on cpu" in str(reason)
