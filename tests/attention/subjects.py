@@ -105,21 +105,23 @@ def _subjects() -> dict[str, Subject]:
     found |= {f"{kernel.name} (fake)": Subject(kernel) for kernel in fakes}
     found["flash_attention_paged (fake 3)"] = Subject(FlashAttentionPagedKernel(_nothing, _third, "cpu"))
     if RUNS_TRITON and not HAS_GPU:
-        few = ("decodes", "mixed", "long decodes")
         for kernel in (TritonKernel("cpu"), TritonPagedKernel("cpu")):
             # The interpreter's matrix products take bfloat16 for integers.
             found[f"{kernel.name} (interpreted)"] = Subject(
-                kernel, "cpu", few, (3, 16), (torch.float32, torch.float16)
+                kernel, "cpu", **_FEW, dtypes=(torch.float32, torch.float16)
             )
     if HAS_GPU:
         on_gpu = {
             name: Subject(kernel, "cuda", reads_whole_blocks=name in READ_WHOLE_BLOCKS)
             for name, kernel in KERNELS.items()
         }
+        # All would be 600 kernels to compile.
+        on_gpu |= {name: Subject(KERNELS[name], "cuda", **_FEW) for name in ("triton", "triton_paged")}
         found |= {f"{name} (cuda)": subject for name, subject in on_gpu.items() if subject.computes(*_PLAIN)}
     return found
 
 
 _PLAIN = (SPECS["wide"], torch.bfloat16)
+_FEW: dict[str, Any] = {"batches": ("decodes", "mixed", "long decodes"), "block_sizes": (3, 16)}
 
 SUBJECTS = _subjects()
