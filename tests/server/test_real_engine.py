@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict
 
 from tests.engine.beam_reference import model_logits, search
 from tests.model.tiny import byte_level, tiny_folder, tiny_llama
@@ -221,6 +222,28 @@ def test_a_reply_of_a_schema(client: openai.OpenAI) -> None:
             prompt="hello",
             extra_body={"response_format": {"type": "json_object"}, "guided_regex": "a"},
         )
+
+
+class Answer(BaseModel):
+    """What a response may be asked to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sure: bool
+
+
+def test_responses_of_a_schema(client: openai.OpenAI) -> None:
+    whole = client.responses.parse(model="tiny", input="hello", text_format=Answer, temperature=0)
+    assert isinstance(whole.output_parsed, Answer)
+    assert whole.text is not None
+    assert whole.text.format is not None
+    assert whole.text.format.type == "json_schema"
+    with client.responses.stream(model="tiny", input="hello", text_format=Answer, temperature=0) as events:
+        assert events.get_final_response().output_parsed == whole.output_parsed
+    for cached in (range(1), range(64, 86)):
+        answer = client.responses.parse(model="tiny", input="q" * 70, text_format=Answer, temperature=0)
+        assert answer.usage is not None
+        assert answer.usage.input_tokens_details.cached_tokens in cached
 
 
 def test_the_chat_template_adds_one_bos_token(client: openai.OpenAI) -> None:

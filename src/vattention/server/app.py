@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from vattention import __version__
 from vattention.errors import EngineStoppedError
-from vattention.server import chat, completions, errors, tokens
+from vattention.server import chat, completions, errors, responses, tokens
 from vattention.server.auth import RequireKey
 from vattention.server.body_limit import BODY_TIMEOUT_S, LimitBody, max_body_nbytes
 from vattention.server.engine import ServedEngine
@@ -79,6 +79,7 @@ def create_app(
     for router in (
         completions.routes(service),
         chat.routes(service),
+        responses.routes(service),
         tokens.routes(service),
         _about(service),
         _probes(engine, metrics),

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import replace
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from vattention.errors import RequestError
 from vattention.outputs import CompletionOutput, RequestOutput, TokenLogprobs
-from vattention.sampling_params import SamplingParams
-from vattention.server.generation import Cursor, SampleDelta, finish_reason, outputs_of, usage
+from vattention.server.generation import Cursor, SampleDelta, finish_reason, usage
 from vattention.server.hangup import until_hangup
 from vattention.server.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from vattention.server.protocol import Usage
@@ -25,10 +20,9 @@ from vattention.server.protocol_chat import (
     ChatCompletionRequest,
     ChatLogprobs,
 )
-from vattention.server.replies import PlainText, ReplyText, TextWithCalls
 from vattention.server.service import Service, response_id
 from vattention.server.sse import Events, EventStream
-from vattention.server.tools import Function, forced_calls
+from vattention.server.turn import Turn
 
 
 def routes(service: Service) -> APIRouter:
@@ -54,10 +48,10 @@ class _Reply:
         self._id = response_id("chatcmpl", body)
         self._created = int(time.time())
         self._names = TokenNames(service.engine.tokenizer, body.return_tokens_as_token_ids)
-        self._texts: list[ReplyText] = [PlainText() for _ in range(body.n)]
+        self._turn = Turn(service, body)
 
     async def response(self) -> ChatCompletion:
-        async with self._outputs() as outputs:
+        async with self._turn.outputs() as outputs:
             async for _, output in outputs:
                 final = output
         completion: ChatCompletion = {
@@ -77,7 +71,7 @@ class _Reply:
     async def events(self) -> Events:
         cursors = [Cursor() for _ in range(self._body.n)]
         latest: RequestOutput | None = None
-        async with self._outputs() as outputs:
+        async with self._turn.outputs() as outputs:
             async for _, output in outputs:
                 if latest is None:
                     for chunk in self._openings(output):
@@ -93,53 +87,6 @@ class _Reply:
             last["usage"] = usage([latest])
             yield last
 
-    @asynccontextmanager
-    async def _outputs(self) -> AsyncIterator[AsyncIterator[tuple[int, RequestOutput]]]:
-        """Check everything, and submit the conversation."""
-        body, service = self._body, self._service
-        params = service.sampling(
-            body,
-            max_tokens=body.token_limit,
-            logprobs=body.top_logprobs if body.logprobs else None,
-            prompt_logprobs=body.prompt_logprobs,
-        )
-        token_ids = await service.render(body)
-        params = replace(params, stop=(*params.stop_strings, *service.chat_stop_strings()))
-        if body.shown_tools:
-            params = self._expect_calls(params)
-        service.check_context(token_ids, body.token_limit, body.token_limit_param)
-        submitted = outputs_of(
-            service.engine, [token_ids], params, priority=body.priority, cache_salt=body.cache_salt
-        )
-        try:
-            async with submitted as outputs:
-                yield outputs
-        except RequestError as error:
-            if error.param != "grammar" or body.tool_choice.mode != "required":
-                raise
-            raise RequestError(f"calls of these tools cannot be forced: {error}", param="tools") from error
-
-    def _expect_calls(self, params: SamplingParams) -> SamplingParams:
-        """Look out for calls in all texts, and let them keep what marks one."""
-        call_format = self._service.call_format()
-        known = frozenset(tool.function.name for tool in self._body.tools)
-        choice = self._body.tool_choice
-        only_one = choice.name is not None or not self._body.parallel_tool_calls
-        self._texts = [TextWithCalls(call_format, known, only_one=only_one) for _ in range(self._body.n)]
-        special = self._service.special_among(call_format.markers)
-        if special:
-            params = replace(params, skip_special_tokens=False)
-        if choice.mode == "required":
-            if params.grammar is not None:
-                raise RequestError("forces calls, so the text cannot be anything else besides", param="tool_choice")
-            functions = [
-                Function(tool.function.name, tool.function.parameters)
-                for tool in self._body.tools
-                if choice.name in (None, tool.function.name)
-            ]
-            params = replace(params, grammar=forced_calls(call_format, functions, special, only_one=only_one))
-        return params
-
     @property
     def _wants_tokens(self) -> bool:
         return self._body.logprobs or self._body.return_token_ids
@@ -151,7 +98,7 @@ class _Reply:
         return last.text if self._body.echo and last.role == self._body.reply_role else ""
 
     def _choice(self, sample: CompletionOutput) -> ChatChoice:
-        text = self._texts[sample.index]
+        text = self._turn.texts[sample.index]
         content, calls = text.message(sample.text)
         choice: ChatChoice = {
             "index": sample.index,
@@ -188,7 +135,7 @@ class _Reply:
 
     def _chunk_choices(self, index: int, news: SampleDelta) -> list[ChatChunkChoice]:
         """What is new of one sample, in one choice for each part; nothing where there is nothing to tell."""
-        text = self._texts[index]
+        text = self._turn.texts[index]
         deltas = text.deltas(news.text, finished=news.finish_reason is not None)
         if not deltas and (news.finish_reason or (news.token_ids and self._wants_tokens)):
             deltas = [{}]

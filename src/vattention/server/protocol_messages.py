@@ -12,7 +12,8 @@ from pydantic_core import PydanticCustomError
 from vattention.server.protocol import Body, Text, invalid
 
 
-def _check_arguments(text: str) -> str:
+def check_arguments(text: str) -> str:
+    """Of a call: a JSON object as text, or nothing."""
     problem = PydanticCustomError("value_error", "must be a JSON object, as text")
     try:
         value = json.loads(text or "{}")
@@ -28,7 +29,7 @@ class CalledFunction(Body):
     """Which function, with a JSON object as text; no text stands for no arguments."""
 
     name: Text
-    arguments: Annotated[Text, AfterValidator(_check_arguments)] = ""
+    arguments: Annotated[Text, AfterValidator(check_arguments)] = ""
 
 
 class MessageToolCall(Body):

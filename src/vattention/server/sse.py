@@ -32,11 +32,13 @@ def encode_event(data: Mapping[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """Sends `events` as they come and `[DONE]` at the end; closes them when the client hangs up.
+    """Sends `events` as they come and `done` at the end; closes them when the client hangs up.
 
     The status waits for the first event, so that an error before it is an ordinary error response. A later one is
     sent as an event with OpenAI's error object, and ends the stream.
     """
+
+    done = DONE
 
     def __init__(self, events: Events) -> None:
         super().__init__(status_code=HTTPStatus.OK, media_type="text/event-stream")
@@ -59,14 +61,20 @@ class EventStream(Response):
                 await _reply_to(error).response()(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await _send_body(send, encode_event(first))
-            last = DONE
+            await _send_body(send, self.encode(first))
+            last = self.done
             try:
                 async for event in events:
-                    await _send_body(send, encode_event(event))
+                    await _send_body(send, self.encode(event))
             except Exception as error:
-                last = encode_event(_reply_to(error).body())
+                last = self.encode_error(_reply_to(error))
             await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def encode(self, event: Mapping[str, Any]) -> bytes:
+        return encode_event(event)
+
+    def encode_error(self, reply: ErrorReply) -> bytes:
+        return encode_event(reply.body())
 
 
 def _reply_to(error: Exception) -> ErrorReply:
