@@ -25,10 +25,12 @@ def attention(
     right: int,
     softcap: float,
     page_size: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[rows, heads, dim] of one sequence, in the query's type; the last row's own key is the last one.
 
     Args:
+        sinks: [heads] logits that have no value.
         left, right: keys that a row sees before and behind its own; -1 for all.
         page_size: what no row sees is not multiplied if it lies in the first page.
     """
@@ -47,7 +49,10 @@ def attention(
     scores = torch.einsum("rhd,khd->hrk", query.float(), k) * scale
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, num_rows, 1)), -1)
+    weights = torch.softmax(scores, -1)[..., :num_keys]
     return torch.einsum("hrk,khd->rhd", weights, v).to(query.dtype)
 
 
@@ -242,6 +247,41 @@ class FakeFlashAttention3:
                 )
             )
         return torch.cat(outputs)
+
+
+class FakeFlashAttention4:
+    """The module `flash_attn.cute`: what it is given it reads whole."""
+
+    @staticmethod
+    def flash_attn_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int | None, int | None] = (None, None),
+        learnable_sink: torch.Tensor | None = None,
+        softcap: float = 0.0,
+    ) -> tuple[torch.Tensor, None]:
+        assert softmax_scale is not None
+        assert q.dim() == k.dim() == v.dim() == 4
+        assert q.dtype == k.dtype == v.dtype
+        assert q.dtype in HALVES
+        assert len(q) == len(k) == len(v) == 1
+        assert k.shape[:3] == v.shape[:3]
+        for dim in (q.shape[3], v.shape[3]):
+            assert dim % 8 == 0
+            assert 8 <= dim <= 256
+        if learnable_sink is not None:
+            assert learnable_sink.shape == (q.shape[2],)
+            assert learnable_sink.dtype in (*HALVES, torch.float32)
+        left, right = (-1 if side is None else side for side in window_size)
+        right = 0 if causal else right
+        whole = attention(
+            q[0], k[0], v[0], scale=softmax_scale, left=left, right=right, softcap=softcap, sinks=learnable_sink
+        )
+        return whole.unsqueeze(0), None
 
 
 class _FakeWrapper:

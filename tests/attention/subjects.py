@@ -10,19 +10,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.attention import flex_attention
 
 from tests.attention.cases import BATCHES, BLOCK_SIZES, SPECS, views
-from tests.attention.fake_libraries import FLASHINFER, FakeFlashAttention2, FakeFlashAttention3, FakeTorchFlash
+from tests.attention.fake_libraries import (
+    FLASHINFER,
+    FakeFlashAttention2,
+    FakeFlashAttention3,
+    FakeFlashAttention4,
+    FakeTorchFlash,
+)
 from tests.triton_here import HAS_GPU, RUNS_TRITON
+from vattention.attention.eager import EagerKernel
 from vattention.attention.flash_attention import (
-    FlashAttention3Kernel,
+    FlashAttention3Prompts,
     FlashAttentionKernel,
     FlashAttentionPagedKernel,
 )
+from vattention.attention.flash_attention_4 import FlashAttention4Prompts
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
+from vattention.attention.flex import FlexPrompts
 from vattention.attention.kernel import AttentionKernel, RaggedBatch
 from vattention.attention.prompts_apart import PromptsApart
 from vattention.attention.registry import KERNELS
+from vattention.attention.sequences import Sequences, SplitKernel
 from vattention.attention.torch_flash import TorchFlashGatheredKernel, TorchFlashKernel, TorchFlashPagedKernel
 from vattention.attention.triton_decode import TritonKernel, TritonPagedKernel
 from vattention.core import AttentionSpec
@@ -80,12 +91,51 @@ def _third() -> Any:
     return FakeFlashAttention3
 
 
+def _fourth() -> Any:
+    return FakeFlashAttention4
+
+
 def _nothing() -> None:
     return None
 
 
 def _flashinfer() -> Any:
     return FLASHINFER
+
+
+class EagerDecoder(SplitKernel[LayerView]):
+    """For kernels that leave decoding to another, on every kind of layer."""
+
+    uncapturable = EagerKernel.uncapturable
+
+    def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
+        return EagerKernel().unsupported(spec, view)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        view: LayerView,
+        chosen: Sequences,
+        spec: AttentionSpec,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return EagerKernel()(query, view, RaggedBatch(chosen.own_spans), spec, sinks)
+
+
+def uncompiled_flex(*arguments: Any, **keywords: Any) -> Any:
+    """FlexAttention by tensor operations. They do without the lists of blocks, which have tests of their own."""
+    before = flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+    flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+    try:
+        return flex_attention.flex_attention(*arguments, **keywords)
+    finally:
+        flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = before
+
+
+def _beside(
+    name: str, prompts: SplitKernel[LayerView], decoder: SplitKernel[LayerView]
+) -> AttentionKernel[LayerView]:
+    return PromptsApart(name, LayerView, prompts, (decoder,))
 
 
 def _subjects() -> dict[str, Subject]:
@@ -96,11 +146,13 @@ def _subjects() -> dict[str, Subject]:
         TorchFlashPagedKernel(FakeTorchFlash(), "cpu"),
         TorchFlashGatheredKernel(FakeTorchFlash(takes_tables=False), "cpu"),
         FlashAttentionKernel(_second, "cpu"),
-        FlashAttention3Kernel(_third, "cpu", (torch_flash,)),
         FlashAttentionPagedKernel(_second, _nothing, "cpu"),
         FlashInferKernel(_flashinfer, "cpu"),
         FlashInferPagedKernel(_flashinfer, "cpu"),
-        PromptsApart("flashinfer_prompts", LayerView, FlashInferKernel(_flashinfer, "cpu"), (torch_flash,)),
+        _beside("flash_attention_3", FlashAttention3Prompts(_third, "cpu"), torch_flash),
+        _beside("flash_attention_4", FlashAttention4Prompts(_fourth, "cpu"), EagerDecoder()),
+        _beside("flashinfer_prompts", FlashInferKernel(_flashinfer, "cpu"), torch_flash),
+        _beside("flex", FlexPrompts(uncompiled_flex, "cpu"), EagerDecoder()),
     )
     found |= {f"{kernel.name} (fake)": Subject(kernel) for kernel in fakes}
     found["flash_attention_paged (fake 3)"] = Subject(FlashAttentionPagedKernel(_nothing, _third, "cpu"))

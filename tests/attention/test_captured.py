@@ -16,7 +16,7 @@ from tests.attention.test_kernels import TOLERANCE
 from tests.model.fake_graphs import FakeCapture
 from vattention.attention.fixed_batch import fixed_batch
 from vattention.attention.flash_attention import (
-    FlashAttention3Kernel,
+    FlashAttention3Prompts,
     FlashAttentionKernel,
     FlashAttentionPagedKernel,
 )
@@ -54,8 +54,11 @@ KERNELS: dict[str, Callable[[FakeCapture], AttentionKernel[Any]]] = {
     "torch_flash": lambda c: TorchFlashKernel(Launched(c), "cpu"),
     "torch_flash_paged": lambda c: TorchFlashPagedKernel(Launched(c), "cpu"),
     "flash_attention": lambda c: FlashAttentionKernel(library(c, FakeFlashAttention2), "cpu"),
-    "flash_attention_3": lambda c: FlashAttention3Kernel(
-        library(c, FakeFlashAttention3), "cpu", (TorchFlashKernel(Launched(c), "cpu"),)
+    "flash_attention_3": lambda c: PromptsApart(
+        "flash_attention_3",
+        LayerView,
+        FlashAttention3Prompts(library(c, FakeFlashAttention3), "cpu"),
+        (TorchFlashKernel(Launched(c), "cpu"),),
     ),
     "flashinfer_prompts": lambda c: PromptsApart(
         "flashinfer_prompts",

@@ -44,7 +44,9 @@ def test_kernels_that_ask_the_host_say_so() -> None:
     assert {name for name, reason in reasons.items() if reason is None} == {
         "flash_attention",
         "flash_attention_3",
+        "flash_attention_4",
         "flash_attention_paged",
+        "flex",
         "flashinfer_paged_prompts",
         "flashinfer_prompts",
         "torch_flash",

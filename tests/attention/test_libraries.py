@@ -10,10 +10,11 @@ import torch
 from tests.attention.cases import SPECS
 from tests.attention.subjects import empty_view
 from vattention.attention.flash_attention import (
-    FlashAttention3Kernel,
+    FlashAttention3Prompts,
     FlashAttentionKernel,
     FlashAttentionPagedKernel,
 )
+from vattention.attention.flash_attention_4 import FlashAttention4Prompts
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
 from vattention.attention.kernel import AttentionKernel
 from vattention.attention.libraries import installed
@@ -44,12 +45,13 @@ def never() -> Any:
     "kernel",
     [
         FlashAttentionKernel(never),
-        FlashAttention3Kernel(never),
+        FlashAttention3Prompts(never),
+        FlashAttention4Prompts(never),
         FlashAttentionPagedKernel(never, never),
         FlashInferKernel(never),
         FlashInferPagedKernel(never),
     ],
-    ids=lambda kernel: kernel.name,
+    ids=lambda kernel: type(kernel).__name__,
 )
 def test_nothing_is_imported_for_a_cache_it_cannot_read(kernel: AttentionKernel[Any]) -> None:
     reason = kernel.unsupported(SPECS["wide"], empty_view(kernel.reads, SPECS["wide"], torch.bfloat16))

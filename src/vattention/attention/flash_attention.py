@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from vattention.attention.libraries import installed, unsupported_device, unsupported_layer
-from vattention.attention.prompts_apart import PromptsApart
+from vattention.attention.prompt_slices import PromptSlices, each_prompt
 from vattention.attention.sequences import Sequences, SplitKernel, tables
-from vattention.attention.torch_flash import PAGE_TOKENS, TorchFlashKernel
-from vattention.attention.triton_decode import TritonKernel
+from vattention.attention.torch_flash import PAGE_TOKENS
 from vattention.core import AttentionSpec
 from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 
@@ -60,7 +59,7 @@ class FlashAttentionKernel(SplitKernel[LayerView]):
     ) -> torch.Tensor:
         call = self._library().flash_attn_with_kvcache
         if not chosen.is_decode:
-            return _each_in_its_slice(call, query, view, chosen, spec)
+            return each_prompt(query, view, chosen, partial(_prompt, spec=spec, call=call))
         output: torch.Tensor = call(
             query.unsqueeze(1),
             view.keys,
@@ -75,47 +74,31 @@ class FlashAttentionKernel(SplitKernel[LayerView]):
         return output.squeeze(1)
 
 
-class FlashAttention3Kernel(PromptsApart[LayerView]):
-    """FlashAttention-3 for prompts over contiguous slots, on Hopper GPUs; decoding by a kernel that reads exactly.
-
-    Version 3 loads keys and values in whole tiles and masks what lies behind a sequence's end, so it may be given
-    nothing but slices that end there: behind them there may be no memory. Decoding is bound by memory, not by
-    arithmetic, and loses nothing.
+class FlashAttention3Prompts(PromptSlices):
+    """FlashAttention-3 for prompts over contiguous slots, on Hopper GPUs.
 
     Args:
         library: gives what is called instead of `flash_attn_interface`.
         runs_on: the type of device it is for.
-        decoders: for decoding, the best first.
     """
 
-    def __init__(
-        self,
-        library: Library = _third,
-        runs_on: str = "cuda",
-        decoders: tuple[SplitKernel[LayerView], ...] | None = None,
-    ) -> None:
-        prompts = _FlashAttention3Prompts(library, runs_on)
-        decoders = decoders or (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel())
-        super().__init__("flash_attention_3", LayerView, prompts, decoders)
-
-
-class _FlashAttention3Prompts(SplitKernel[LayerView]):
-    def __init__(self, library: Library, runs_on: str) -> None:
+    def __init__(self, library: Library = _third, runs_on: str = "cuda") -> None:
         self._library = library
         self._runs_on = runs_on
 
     def unsupported(self, spec: AttentionSpec, view: LayerView) -> str | None:
         return _unsupported(spec, view, self._library, "flash_attn_interface", self._runs_on)
 
-    def attend(
+    def prompt(
         self,
         query: torch.Tensor,
-        view: LayerView,
-        chosen: Sequences,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        window: int | None,
         spec: AttentionSpec,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        return _each_in_its_slice(self._library().flash_attn_with_kvcache, query, view, chosen, spec)
+        return _prompt(query, keys, values, window, spec, self._library().flash_attn_with_kvcache)
 
 
 class FlashAttentionPagedKernel(SplitKernel[PagedLayerView]):
@@ -193,25 +176,25 @@ class FlashAttentionPagedKernel(SplitKernel[PagedLayerView]):
         )
 
 
-def _each_in_its_slice(
-    call: Any, query: torch.Tensor, view: LayerView, chosen: Sequences, spec: AttentionSpec
+def _prompt(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    window: int | None,
+    spec: AttentionSpec,
+    call: Any,
 ) -> torch.Tensor:
-    """One call for each sequence, on just the keys it reads."""
-    outputs = []
-    for (slot, first_row, num_rows, start), begin in zip(chosen.own_spans, chosen.begins, strict=True):
-        end = start + num_rows
-        is_cut = spec.window is not None and end - begin > spec.window
-        output: torch.Tensor = call(
-            query[first_row : first_row + num_rows].unsqueeze(0),
-            view.keys[slot : slot + 1, begin:end],
-            view.values[slot : slot + 1, begin:end],
-            softmax_scale=spec.scale,
-            causal=True,
-            window_size=(spec.window - 1, 0) if is_cut and spec.window is not None else (-1, -1),
-            softcap=spec.softcap or 0.0,
-        )
-        outputs.append(output.squeeze(0))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    """`PromptSlices.prompt` by the function that versions 2 and 3 have."""
+    output: torch.Tensor = call(
+        query.unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        softmax_scale=spec.scale,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=spec.softcap or 0.0,
+    )
+    return output.squeeze(0)
 
 
 def _unsupported(spec: AttentionSpec, view: CacheView, library: Library, name: str, runs_on: str) -> str | None:

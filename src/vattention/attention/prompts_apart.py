@@ -13,7 +13,7 @@ class PromptsApart(SplitKernel[View]):
 
     Args:
         prompts: for sequences that bring many rows.
-        decoders: for those that bring one, the best first; all of them capturable.
+        decoders: for those that bring one, the best first.
     """
 
     def __init__(
@@ -23,6 +23,7 @@ class PromptsApart(SplitKernel[View]):
         self.reads = reads
         self._prompts = prompts
         self._decoders = decoders
+        self.uncapturable = next((kernel.uncapturable for kernel in decoders if kernel.uncapturable), None)
 
     def unsupported(self, spec: AttentionSpec, view: View) -> str | None:
         reason = self._prompts.unsupported(spec, view)

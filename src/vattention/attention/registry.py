@@ -11,11 +11,13 @@ import torch
 from vattention.attention.compiled import NativeKernel, PagedKernel
 from vattention.attention.eager import EagerKernel
 from vattention.attention.flash_attention import (
-    FlashAttention3Kernel,
+    FlashAttention3Prompts,
     FlashAttentionKernel,
     FlashAttentionPagedKernel,
 )
+from vattention.attention.flash_attention_4 import FlashAttention4Prompts
 from vattention.attention.flashinfer import FlashInferKernel, FlashInferPagedKernel
+from vattention.attention.flex import FlexPrompts
 from vattention.attention.gathered import GatheredKernel
 from vattention.attention.kernel import AttentionKernel
 from vattention.attention.prompts_apart import PromptsApart
@@ -29,22 +31,22 @@ from vattention.kv.manager import CacheView, LayerView, PagedLayerView
 AUTO = "auto"
 """Not a kernel: take the fastest that can."""
 
+_DECODERS = FlashAttentionKernel(), TorchFlashKernel(), TritonKernel()
+"""They read exactly, and can be captured."""
+
 KERNELS: MappingProxyType[str, AttentionKernel[Any]] = MappingProxyType(
     {
         kernel.name: kernel
         for kernel in (
             NativeKernel(),
-            FlashAttention3Kernel(),
-            PromptsApart(
-                "flashinfer_prompts",
-                LayerView,
-                FlashInferKernel(),
-                (FlashAttentionKernel(), TorchFlashKernel(), TritonKernel()),
-            ),
+            PromptsApart("flash_attention_3", LayerView, FlashAttention3Prompts(), _DECODERS),
+            PromptsApart("flash_attention_4", LayerView, FlashAttention4Prompts(), _DECODERS),
+            PromptsApart("flashinfer_prompts", LayerView, FlashInferKernel(), _DECODERS),
             FlashAttentionKernel(),
             TorchFlashKernel(),
             FlashInferKernel(),
             TritonKernel(),
+            PromptsApart("flex", LayerView, FlexPrompts(), _DECODERS),
             SdpaKernel(),
             EagerKernel(),
             PagedKernel(),
