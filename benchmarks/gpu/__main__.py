@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import fusing, kernels, memory, overlap, prompt_kernels, steps, traces
+from benchmarks.gpu import fusing, kernels, layouts, memory, overlap, prompt_kernels, steps, traces
 from benchmarks.gpu.apart import BEGUN, measure_apart, read
 from benchmarks.gpu.machine import Machine, Table
 from benchmarks.mapping import surroundings
@@ -35,6 +35,7 @@ PARTS: dict[str, Callable[[Machine], Table]] = {
     "driver": memory.driver,
     "kernels": kernels.decode,
     "decode": steps.decode,
+    "layouts": layouts.layouts,
     "overlap": overlap.overlap,
     "prefill": steps.prefill,
     "prompts": prompt_kernels.prompts,

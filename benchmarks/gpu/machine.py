@@ -78,8 +78,13 @@ class Machine:
     def free_nbytes(self) -> int:
         if not self.is_gpu:
             return 2**30
-        torch.cuda.empty_cache()
+        self.give_back()
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def give_back(self) -> None:
+        """Memory that torch keeps for its next tensors."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
 
     def capture(self) -> Capture | None:
         """Makes graphs, where there are any."""
