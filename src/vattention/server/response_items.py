@@ -16,6 +16,8 @@ Status = Literal["completed", "incomplete"]
 class OutputItems:
     """Puts one sample's items together from what a chat's stream says of it.
 
+    Events show items as they are: each is to be sent before the next is asked for.
+
     Attributes:
         items: those so far; the last one may still grow.
     """
@@ -74,16 +76,12 @@ class OutputItems:
         )
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._last["content"].append(part)
-        yield self._event("response.content_part.added", content_index=0, part=dict(part))
+        yield self._event("response.content_part.added", content_index=0, part=part)
 
     def _open(self, item: dict[str, Any]) -> Event:
         self.items.append(item)
         self._is_open = True
-        return {
-            "type": "response.output_item.added",
-            "output_index": len(self.items) - 1,
-            "item": {**item, "content": []} if "content" in item else dict(item),
-        }
+        return {"type": "response.output_item.added", "output_index": len(self.items) - 1, "item": item}
 
     def _close(self, status: Status = "completed") -> Iterator[Event]:
         """End the item that is still growing, if there is one."""
