@@ -156,6 +156,7 @@ def test_what_asks_for_nothing_is_let_through(client: openai.OpenAI) -> None:
         text={"format": {"type": "text"}, "verbosity": "medium"},
         service_tier="auto",
         prompt_cache_key="k",
+        reasoning={"effort": None, "summary": None},
     )
     assert response.output_text == "Hi"
     assert response.store is False  # type: ignore[attr-defined]

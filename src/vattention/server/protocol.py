@@ -45,6 +45,10 @@ def _check_token_ids(bias: dict[str, float]) -> dict[str, float]:
     return bias
 
 
+def _without_nulls(value: Any) -> Any:
+    return {name: inner for name, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+
+
 Text = Annotated[str, AfterValidator(check_unicode)]
 
 
@@ -72,7 +76,7 @@ class Body(BaseModel):
                 continue
             if name not in cls.unsupported:
                 kept[name] = value
-            elif value not in cls.unsupported[name]:
+            elif _without_nulls(value) not in cls.unsupported[name]:
                 raise invalid(name, f"{name} is not supported by this server", kind="unsupported_parameter")
         return kept
 
