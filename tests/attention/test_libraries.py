@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from tests.attention.cases import SPECS
 from tests.attention.subjects import empty_view
+from vattention.attention import flash_attention_4
 from vattention.attention.flash_attention import (
     FlashAttention3Prompts,
     FlashAttentionKernel,
@@ -35,6 +37,17 @@ def test_what_cannot_be_imported_is_not_there_either_and_says_why(
     (said,) = caplog.messages
     assert "for_another_torch" in said
     assert "undefined symbol" in said
+
+
+def test_version_4_is_not_there_where_version_2_cannot_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    monkeypatch.setattr(flash_attention_4, "installed", installed.__wrapped__)
+    assert flash_attention_4._fourth() is None
 
 
 def never() -> Any:

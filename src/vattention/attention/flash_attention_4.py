@@ -22,8 +22,8 @@ _HOPPER, _BLACKWELL = 9, 10
 
 
 def _fourth() -> Any:
-    # Version 2 has the name flash_attn too, and no such part.
-    there = find_spec("flash_attn") is not None and find_spec("flash_attn.cute") is not None
+    # Version 2 has the name flash_attn too, and no such part; looking for one imports the whole.
+    there = installed("flash_attn") is not None and find_spec("flash_attn.cute") is not None
     return installed("flash_attn.cute") if there else None
 
 
