@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.server.tools.families import FAMILIES, Family, Written
 from vattention.server.tools import Call, CallSplitter, Content, Piece
+from vattention.server.tools.calls import MOST_DEPTH
 from vattention.server.tools.hermes import Hermes
 from vattention.server.tools.llama import Llama
 from vattention.server.tools.mistral import Mistral
@@ -101,6 +102,7 @@ NO_CALLS = [
     '{"name": "look", "arguments": {"at": "x]}',
     "{'name': 'look', 'arguments': {}}",
     '{"arguments": {}}',
+    '{"name": "look", "arguments": ' + '{"a": ' * MOST_DEPTH + "1" + "}" * (MOST_DEPTH + 1),
     '{"name": "look", "arguments": ' + '{"a": ' * 5000 + "1" + "}" * 5001,
     "{]",
     "look(at=x)",
@@ -143,6 +145,15 @@ def test_unknown_names_in_mistrals_list_and_head() -> None:
 def test_in_mid_text_llamas_json_is_no_call() -> None:
     text = f"Write {BOTH_KEYS}"
     assert split(Llama(), text) == (text, [])
+
+
+def test_calls_are_nested_so_deep_and_no_deeper() -> None:
+    arguments: Any = 1
+    for _ in range(MOST_DEPTH - 1):
+        arguments = {"a": arguments}
+    text = f'{{"name": "look", "arguments": {json.dumps(arguments)}}}'
+    assert split(Llama(), text) == ("", [("look", arguments)])
+    assert split(Llama(), text.replace("1", "[1]")) == (text.replace("1", "[1]"), [])
 
 
 @families

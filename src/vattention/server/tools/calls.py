@@ -28,6 +28,9 @@ class Call:
 
 Piece = Content | Call
 
+MOST_DEPTH = 200
+"""Of objects and arrays within one another: how much deeper Python reads and writes them differs by version."""
+
 
 def call_of(value: Any, known: Collection[str]) -> Call | None:
     """The call that a JSON value stands for: {"name", and "arguments" or "parameters"}; None where it is none.
@@ -44,7 +47,7 @@ def call_of(value: Any, known: Collection[str]) -> Call | None:
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         text.encode()
-    except (ValueError, RecursionError):
+    except ValueError:
         return None  # an infinite number, or half of a surrogate pair
     return Call(name, text)
 
@@ -53,7 +56,7 @@ def json_value(text: str) -> Any:
     """The value of a JSON text, which may have line breaks within strings; None where it is broken."""
     try:
         return json.loads(text, strict=False)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -61,7 +64,8 @@ class JsonScan:
     """Finds where a JSON object or array ends in a text that grows, looking at each character once.
 
     Attributes:
-        broken: it has no end, because a character came that no JSON has outside of strings.
+        broken: it has no end, because a character came that no JSON has outside of strings, or it is nested deeper
+            than `MOST_DEPTH`.
     """
 
     _MARKS = re.compile(r'\\.|["{}\[\]]|[^\\\s\w,:.+-]', re.DOTALL)
@@ -90,7 +94,7 @@ class JsonScan:
                 self._in_string = not self._in_string
             elif self._in_string:
                 continue
-            elif mark in "{[":
+            elif mark in "{[" and self._depth < MOST_DEPTH:
                 self._depth += 1
             elif mark in "}]":
                 self._depth -= 1
