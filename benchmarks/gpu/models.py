@@ -112,6 +112,8 @@ class Served:
 
 @contextmanager
 def served(machine: Machine, random: RandomModel, config: EngineConfig, max_len: int) -> Iterator[Served]:
+    # What torch keeps of models before is not there for a cache.
+    machine.give_back()
     model = random.model
     fix_rope(model, max_len)
     attention = probe(model)
