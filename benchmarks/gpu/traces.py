@@ -28,7 +28,7 @@ MANAGERS: dict[str, dict[str, object]] = {
 
 def chats(machine: Machine) -> Table:
     """Prompt and output lengths like ShareGPT's, all at once, greedy; every manager twice, by turns."""
-    requests = _chats(6, 512, 8) if machine.tiny else _chats(192, LAST_ID, MOST_OUTPUT)
+    requests = _chats(6, 512, 8) if machine.tiny else _chats(128, LAST_ID, MOST_OUTPUT)
     rows = _by_managers(machine, random_model(LLAMA, machine), requests, tuple(MANAGERS), 64, 2048, 2)
     return Table(
         "Llama 3 8B, requests like ShareGPT's: virtual at least 1.15 times paged",
