@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that a processor computes in seconds")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=None, help="these parts, even if they are done")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--seconds", type=float, default=500, help="no part is begun after so long")
+    parser.add_argument("--seconds", type=float, default=350, help="no part is begun after so long")
     parser.add_argument("--here", action="store_true", help="in this process, up to the first part that fails")
     options = parser.parse_args(arguments)
     done = {name for name, part in read(options.json).get("parts", {}).items() if "rows" in part}

@@ -18,7 +18,7 @@ from vattention.model.optimize import optimize
 
 def fusing(machine: Machine) -> Table:
     """Models as they come; with norms and feed-forward blocks compiled; with what `optimize` makes of them."""
-    batches, context = ((1, 4), 64) if machine.tiny else ((1, 8, 32, 128), 1024)
+    batches, context = ((1, 4), 64) if machine.tiny else ((1, 8, 32), 1024)
     rows: list[dict[str, object]] = []
     for shape in (QWEN, LLAMA):
         model = random_model(shape, machine, optimized=False)

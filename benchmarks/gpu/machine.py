@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -82,7 +83,8 @@ class Machine:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def give_back(self) -> None:
-        """Memory that torch keeps for its next tensors."""
+        """Memory that torch keeps for its next tensors, and that of models which only refer to themselves."""
+        gc.collect()
         if self.is_gpu:
             torch.cuda.empty_cache()
 

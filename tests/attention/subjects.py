@@ -169,6 +169,8 @@ def _subjects() -> dict[str, Subject]:
         }
         # All would be 600 kernels to compile.
         on_gpu |= {name: Subject(KERNELS[name], "cuda", **_FEW) for name in ("triton", "triton_paged")}
+        # torch compiles one for each kind of layer, and takes seconds for it.
+        on_gpu["flex"] = Subject(KERNELS["flex"], "cuda", ("mixed", "long chunks"), dtypes=(torch.bfloat16,))
         found |= {f"{name} (cuda)": subject for name, subject in on_gpu.items() if subject.computes(*_PLAIN)}
     return found
 

@@ -71,6 +71,8 @@ class FlexPrompts(PromptSlices):
             scale=spec.scale,
             enable_gqa=spec.num_heads != spec.num_kv_heads,
             return_aux=AuxRequest(lse=sinks is not None),
+            # torch's kernel for decoding, which it takes for few rows, has no tiles for some groups of heads.
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
         )
         if sinks is not None:
             # A sink is one more term of the softmax's denominator.
@@ -84,9 +86,14 @@ class FlexPrompts(PromptSlices):
 def _compiled() -> Callable[..., Any]:
     """For prompts of any length. A few lengths and each kind of layer have a kernel of their own."""
     compiled = torch.compile(flex_attention, dynamic=True)
-    # Behind its limit torch would go on without compiling, and put all scores into memory.
-    patched: Callable[..., Any] = torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS)(compiled)
-    return patched
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        # Behind its limit torch would go on without compiling, and put all scores into memory. A patch for each
+        # call, since one cannot be entered by two threads.
+        with torch._dynamo.config.patch(recompile_limit=_MOST_KERNELS):
+            return compiled(*arguments, **keywords)
+
+    return call
 
 
 @cache
