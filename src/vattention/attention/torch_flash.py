@@ -55,23 +55,8 @@ class TorchFlashKernel(SplitKernel[LayerView]):
         max_len = view.keys.shape[1]
         # [n + 1], as the call wants it; the last is not used.
         key_starts = chosen.once(("starts", max_len), lambda: chosen.numbers[0] * max_len + chosen.numbers[1])
-        output: torch.Tensor = self._operator(
-            query,
-            view.keys.view(-1, *view.keys.shape[2:]),
-            view.values.view(-1, *view.values.shape[2:]),
-            chosen.row_starts,
-            key_starts,
-            chosen.most_rows,
-            chosen.most_keys,
-            0.0,
-            not chosen.is_decode,
-            False,
-            scale=spec.scale,
-            window_size_left=chosen.window_left,
-            window_size_right=-1 if chosen.is_decode else 0,
-            seqused_k=chosen.num_keys,
-        )[0]
-        return output
+        keys, values = (tokens.view(-1, *tokens.shape[2:]) for tokens in (view.keys, view.values))
+        return _attend(self._operator, query, keys, values, key_starts, chosen, spec)
 
 
 class TorchFlashPagedKernel(SplitKernel[PagedLayerView]):
@@ -158,23 +143,8 @@ class TorchFlashGatheredKernel(SplitKernel[PagedLayerView]):
     ) -> torch.Tensor:
         # What is kept holds on to the table, so that no other can have its id.
         found = chosen.once(("copied", id(view.tables), view.block_size), lambda: _found(view, chosen))
-        output: torch.Tensor = self._operator(
-            query,
-            view.keys[found.blocks, found.tokens],
-            view.values[found.blocks, found.tokens],
-            chosen.row_starts,
-            found.starts,
-            chosen.most_rows,
-            chosen.most_keys,
-            0.0,
-            not chosen.is_decode,
-            False,
-            scale=spec.scale,
-            window_size_left=chosen.window_left,
-            window_size_right=-1 if chosen.is_decode else 0,
-            seqused_k=chosen.num_keys,
-        )[0]
-        return output
+        keys, values = (pool[found.blocks, found.tokens] for pool in (view.keys, view.values))
+        return _attend(self._operator, query, keys, values, found.starts, chosen, spec)
 
 
 class _Found(NamedTuple):
@@ -199,6 +169,40 @@ def _found(view: PagedLayerView, chosen: Sequences) -> _Found:
     positions = torch.arange(total, device=device) + (chosen.first_keys - starts[:-1])[sequence]
     blocks = view.tables[chosen.slots[sequence], positions // view.block_size].long()
     return _Found(view.tables, blocks, positions % view.block_size, starts)
+
+
+def _attend(
+    operator: Any,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_starts: torch.Tensor,
+    chosen: Sequences,
+    spec: AttentionSpec,
+) -> torch.Tensor:
+    """[R, num_heads, value_dim] over tokens in one row.
+
+    Args:
+        keys, values: [tokens, num_kv_heads, dim].
+        key_starts: [n + 1] int32: where each sequence's first key is; the last is not used.
+    """
+    output: torch.Tensor = operator(
+        query,
+        keys,
+        values,
+        chosen.row_starts,
+        key_starts,
+        chosen.most_rows,
+        chosen.most_keys,
+        0.0,
+        not chosen.is_decode,
+        False,
+        scale=spec.scale,
+        window_size_left=chosen.window_left,
+        window_size_right=-1 if chosen.is_decode else 0,
+        seqused_k=chosen.num_keys,
+    )[0]
+    return output
 
 
 def _unsupported(spec: AttentionSpec, view: CacheView, runs_on: str) -> str | None:
