@@ -49,9 +49,9 @@ def optimize(model: nn.Module, quantization: str | None = None) -> OptimizeRepor
     """Replaces, in place, modules of a model by faster ones that compute the same.
 
     These are linear layers, gated feed-forward blocks, root mean square norms and the way into attention, where
-    they have no hooks. A weight is dropped once its packed form is there, unless other modules share it, as
-    embeddings tied to the output layer do. The model serves inference only afterwards: replacements have no
-    gradients, and packed weights are not part of its state dict.
+    they have no hooks; a model on several devices stays as it is. A weight is dropped once its packed form is
+    there, unless other modules share it, as embeddings tied to the output layer do. The model serves inference only
+    afterwards: replacements have no gradients, and packed weights are not part of its state dict.
 
     Args:
         quantization: one of `QUANTIZATIONS`: all linear layers that can be replaced get weights in fewer bits, and
@@ -74,8 +74,10 @@ class _Optimizer:
         self._leeway = 1 if quantization is None else _QUANTIZED
         self._output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         devices = {parameter.device for parameter in model.parameters()}
-        self._device = devices.pop() if len(devices) == 1 else None
-        self._row_kernels = None if self._device is None else row_kernels(self._device)
+        device = devices.pop() if len(devices) == 1 else None
+        self._is_here = device is not None and device.type in ("cpu", "cuda")
+        self._is_on_gpu = device is not None and device.type == "cuda"
+        self._row_kernels = None if device is None else row_kernels(device)
         self._blocks = HugeBlocks()
         modules = list(model.modules())
         self._num_sites = Counter(id(child) for module in modules for child in module.children())
@@ -120,12 +122,12 @@ class _Optimizer:
 
     def _give_back(self) -> None:
         """Memory of dropped weights. torch would keep it for weights of the same size, of which no more come."""
-        if self._device is not None and self._device.type == "cuda":
+        if self._is_on_gpu:
             torch.cuda.empty_cache()
 
     def _replacement(self, module: nn.Module, name: str) -> nn.Module:
         """A verified replacement, or the module itself."""
-        if self._device is None or self._device.type not in ("cpu", "cuda"):
+        if not self._is_here:
             return module
         if is_plain_linear(module):
             return self._linear(module, name)
@@ -146,7 +148,7 @@ class _Optimizer:
     ) -> type[LinearMethod]:
         if self._quantization is not None:
             return self._quantization.method(dtype, delicate=delicate)
-        if self._device is None or self._device.type == "cuda":
+        if self._is_on_gpu:
             return TorchLinear
         shape = (num_out, num_in, dtype)
         if shape not in self._methods:
